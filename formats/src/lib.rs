@@ -1,0 +1,2 @@
+//! Disk-image formats as state machines without I/O.
+#![no_std]

@@ -1,0 +1,2 @@
+//! The `vbdd` command.
+fn main() {}

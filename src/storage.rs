@@ -1,0 +1,136 @@
+//! The seam to storage: opening images and moving bytes.
+//!
+//! Everything is asynchronous: what is queued here comes back, once, as a [`Done`]. The implementation hides short
+//! transfers, EINTR, alignment (read-modify-write where the medium has larger blocks than the request) and the ragged
+//! end of a file whose size is no multiple of 512. It does not order anything: a flush covers the writes whose `Done`
+//! was taken before the flush was queued, and whoever wants more must wait (see `disk`).
+
+use crate::buffers::{Pool, Span};
+
+/// An open image file or block device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FileId(pub u32);
+
+/// What may be done with an open image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Reads only.
+    ReadOnly,
+    /// Reads and writes.
+    ReadWrite,
+}
+
+/// Tells one file from another whatever path led to it: the sharing check compares these.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Identity {
+    /// A regular file: device and inode of the file system.
+    File {
+        /// `st_dev`.
+        device: u64,
+        /// `st_ino`.
+        inode: u64,
+    },
+    /// A block device: its own number.
+    Device {
+        /// `st_rdev`.
+        number: u64,
+    },
+}
+
+/// An image that was opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Opened {
+    /// Its handle, until [`Storage::close`].
+    pub file: FileId,
+    /// Which file it really is.
+    pub identity: Identity,
+    /// Size in bytes at the time of opening.
+    pub size_bytes: u64,
+    /// The medium's physical block in bytes (512 or 4096 as a rule): what `physical-sector-size` should say.
+    pub physical_block_bytes: u32,
+    /// Whether it bypasses the page cache.
+    pub direct: bool,
+}
+
+/// What is to be done with bytes of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IoKind {
+    /// Fill the span from the file. Bytes past the end of the file read as zero.
+    Read,
+    /// Write the span to the file. Never extends a regular file past the size it had when opened, rounded up to 512.
+    Write,
+    /// Make durable what was written before: `fdatasync`.
+    Flush,
+}
+
+/// One transfer. `token` comes back in the [`Done`].
+#[derive(Clone, Copy, Debug)]
+pub struct Io {
+    /// The caller's own name for it.
+    pub token: u64,
+    /// Of which file.
+    pub file: FileId,
+    /// What to do.
+    pub kind: IoKind,
+    /// Where in the file; a multiple of 512.
+    pub offset_bytes: u64,
+    /// The memory, a multiple of 512 long; empty for a flush.
+    pub span: Span,
+}
+
+/// Why a transfer or an open failed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StorageError {
+    /// The operating system's errno.
+    Os(i32),
+    /// The file ended where a write needed it not to.
+    PastEnd,
+}
+
+/// A transfer that ended, well or badly.
+#[derive(Clone, Debug)]
+pub struct Done {
+    /// The caller's name for it.
+    pub token: u64,
+    /// How it ended. After an error of a write, any part of it may have been written.
+    pub result: Result<(), StorageError>,
+}
+
+/// Why an image was not opened. `Display` gives the operator's sentence: what, where, what to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OpenError {
+    /// The path as it was asked for.
+    pub path: String,
+    /// What is wrong and what to do about it, one line.
+    pub reason: String,
+}
+
+impl std::fmt::Display for OpenError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: {}", self.path, self.reason)
+    }
+}
+
+/// What the backend needs of storage. One owner, one thread, no blocking call.
+pub trait Storage {
+    /// Starts to open `path` (absolute). The answer comes from [`Storage::opened`] under `token`.
+    fn open(&mut self, token: u64, path: &str, access: Access);
+
+    /// Takes one finished open, if there is one.
+    fn opened(&mut self) -> Option<(u64, Result<Opened, OpenError>)>;
+
+    /// Closes a file. The caller has taken every `Done` of it.
+    fn close(&mut self, file: FileId);
+
+    /// The memory that transfers may name.
+    fn buffers(&mut self) -> &mut Pool;
+
+    /// Queues a transfer; nothing need start before [`Storage::submit`].
+    fn queue(&mut self, io: Io);
+
+    /// Starts all that is queued, with as few system calls as the engine needs.
+    fn submit(&mut self);
+
+    /// Takes one finished transfer, if there is one.
+    fn done(&mut self) -> Option<Done>;
+}
