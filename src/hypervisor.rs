@@ -3,6 +3,10 @@
 //! [`Hypervisor`] is implemented by `hypervisor::linux` over `/dev/xen/gntdev` and `/dev/xen/evtchn`, and by the
 //! simulated world in `tests/`. Nothing above this seam knows which of them it talks to.
 
+mod linux;
+
+pub use linux::LinuxHypervisor;
+
 use crate::buffers::Span;
 
 /// A domain's number, as xenstore and the hypervisor use it.

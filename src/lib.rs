@@ -4,5 +4,7 @@
 //! is the map of the house.
 
 pub mod buffers;
+pub mod error;
 pub mod hypervisor;
+pub mod limits;
 pub mod storage;
