@@ -96,8 +96,8 @@ pub trait Hypervisor {
     /// Appends the ports that have events. Each is masked until [`Hypervisor::unmask`].
     fn pending(&mut self, ports: &mut Vec<Port>);
 
-    /// Lets the next event of `port` through. To be followed by a last look at the ring.
-    fn unmask(&mut self, port: Port);
+    /// Lets the next event of each of `ports` through. To be followed by a last look at their rings.
+    fn unmask(&mut self, ports: &[Port]);
 
     /// Sends an event to the guest's end of `port`.
     fn notify(&mut self, port: Port);

@@ -21,7 +21,7 @@ pub const RING_PAGE_BYTES: usize = 4096;
 pub(crate) const ENTRIES_AT: usize = 64;
 
 /// The largest entry of any ABI, in bytes.
-pub(crate) const LARGEST_STRIDE: usize = 112;
+pub const LARGEST_STRIDE: usize = 112;
 
 /// The dialect that a frontend writes in its `protocol` node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

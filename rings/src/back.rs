@@ -39,12 +39,22 @@ impl BackRing {
         BackRing::at(shared, abi, 0)
     }
 
-    /// Takes the backend's end of a ring that an earlier backend has left with every request answered: goes on where
-    /// the shared response producer stands.
+    /// Takes the backend's end of a ring that an earlier backend has left: goes on where the shared response producer
+    /// stands, with the `unanswered` requests behind it counted as consumed. Those slots may hold responses already, so
+    /// the caller must know the requests from elsewhere.
     #[must_use]
-    pub fn resume(shared: SharedPages, abi: Abi) -> BackRing {
+    pub fn resume(shared: SharedPages, abi: Abi, unanswered: u32) -> BackRing {
         let produced = shared.load(Index::ResponseProducer);
-        BackRing::at(shared, abi, produced)
+        let mut ring = BackRing::at(shared, abi, produced);
+        ring.requests_consumed = produced.wrapping_add(unanswered.min(ring.entries));
+        ring.requests_known = ring.requests_consumed;
+        ring
+    }
+
+    /// The shared response producer of a ring that is about to be resumed.
+    #[must_use]
+    pub fn responses_produced(shared: &SharedPages) -> u32 {
+        shared.load(Index::ResponseProducer)
     }
 
     fn at(shared: SharedPages, abi: Abi, counter: u32) -> BackRing {
@@ -72,7 +82,7 @@ impl BackRing {
         self.requests_consumed.wrapping_sub(self.responses_private)
     }
 
-    /// The counters to write down for a successor: requests consumed, responses published.
+    /// The counters: requests consumed, responses published.
     #[must_use]
     pub fn counters(&self) -> (u32, u32) {
         (self.requests_consumed, self.responses_published)
@@ -105,6 +115,12 @@ impl BackRing {
         let bytes: [u8; LARGEST_STRIDE] = self.shared.copy_entry(self.abi, self.requests_consumed);
         self.requests_consumed = self.requests_consumed.wrapping_add(1);
         Some(Slot::new(bytes, self.abi))
+    }
+
+    /// The index that the next response will have.
+    #[must_use]
+    pub fn next_response(&self) -> u32 {
+        self.responses_private
     }
 
     /// Writes a response. It becomes visible with [`BackRing::publish`]. Returns false, and does nothing, if no request

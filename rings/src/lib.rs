@@ -15,7 +15,7 @@ pub mod front;
 pub mod request;
 pub mod shared;
 
-pub use abi::{Abi, RING_PAGE_BYTES};
+pub use abi::{Abi, LARGEST_STRIDE, RING_PAGE_BYTES};
 pub use back::{BackRing, Overrun};
 pub use front::FrontRing;
 pub use request::{Operation, Refusal, Request, SECTOR_BYTES, Segment, Slot, Status};

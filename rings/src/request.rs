@@ -142,6 +142,12 @@ impl Slot {
         Slot { bytes, abi }
     }
 
+    /// The copied bytes, to be written down for a successor.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8; LARGEST_STRIDE] {
+        &self.bytes
+    }
+
     fn field<const N: usize>(&self, at: usize) -> [u8; N] {
         self.bytes.get(at..).and_then(|rest| rest.first_chunk()).copied().unwrap_or([0; N])
     }

@@ -201,9 +201,33 @@ fn a_successor_goes_on_where_the_ring_stands() {
         let _ = back.publish();
         assert_eq!(front.take().map(|response| response.id), Some(round));
         let counters = back.counters();
-        back = BackRing::resume(memory.pages(), Abi::X86_32);
+        back = BackRing::resume(memory.pages(), Abi::X86_32, 0);
         assert_eq!(back.counters(), counters);
     }
+}
+
+#[test]
+fn a_successor_owes_what_its_predecessor_had_taken() {
+    let mut memory = Memory::new(1);
+    let mut front = FrontRing::create(memory.pages(), Abi::X86_64);
+    let mut back = BackRing::attach(memory.pages(), Abi::X86_64);
+    (0..10).for_each(|id| front.write_flush(id));
+    let _ = front.publish();
+    assert_eq!(back.look(), Ok(10));
+    (0..7).for_each(|_| drop(back.take()));
+    assert!(back.respond(3, 3, Status::Okay) && back.respond(5, 3, Status::Okay));
+    let _ = back.publish();
+    let mut back = BackRing::resume(memory.pages(), Abi::X86_64, 5);
+    assert_eq!((back.unanswered(), back.next_response(), back.look()), (5, 2, Ok(3)));
+    let rest: Vec<u64> = std::iter::from_fn(|| back.take()).map(|slot| slot.id()).collect();
+    assert_eq!(rest, [7, 8, 9]);
+    for id in [0, 1, 2, 4, 6, 7, 8, 9] {
+        assert!(back.respond(id, 3, Status::Okay));
+    }
+    let _ = back.publish();
+    let mut answered: Vec<u64> = std::iter::from_fn(|| front.take()).map(|response| response.id).collect();
+    answered.sort_unstable();
+    assert_eq!(answered, (0..10).collect::<Vec<u64>>());
 }
 
 #[test]
@@ -212,7 +236,7 @@ fn indices_wrap_at_two_to_the_32() {
     drop(FrontRing::create(memory.pages(), Abi::X86_64));
     memory.set(8, u32::MAX - 3);
     memory.set(0, u32::MAX - 3);
-    let mut back = BackRing::resume(memory.pages(), Abi::X86_64);
+    let mut back = BackRing::resume(memory.pages(), Abi::X86_64, 0);
     for step in 0..10_u32 {
         memory.set(0, (u32::MAX - 2).wrapping_add(step));
         assert_eq!(back.look(), Ok(1));

@@ -77,8 +77,8 @@ impl Hypervisor for LinuxHypervisor {
         self.events.pending(ports);
     }
 
-    fn unmask(&mut self, port: Port) {
-        self.events.unmask(port);
+    fn unmask(&mut self, ports: &[Port]) {
+        self.events.unmask(ports);
     }
 
     fn notify(&mut self, port: Port) {

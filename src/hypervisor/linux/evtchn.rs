@@ -125,9 +125,17 @@ impl EventDevice {
         ports.extend_from_slice(&self.bound);
     }
 
-    pub(super) fn unmask(&mut self, port: Port) {
-        if let Err(errno) = rustix::io::write(&self.fd, &port.0.to_ne_bytes()) {
-            error!("unmasking port {} failed: {errno}", port.0);
+    pub(super) fn unmask(&mut self, ports: &[Port]) {
+        let mut bytes = [0_u8; PORTS_PER_READ * 4];
+        for some in ports.chunks(PORTS_PER_READ) {
+            let (places, _) = bytes.as_chunks_mut::<4>();
+            for (place, port) in places.iter_mut().zip(some) {
+                *place = port.0.to_ne_bytes();
+            }
+            let used = bytes.get(..some.len() * 4).unwrap_or(&[]);
+            if let Err(errno) = rustix::io::write(&self.fd, used) {
+                error!("unmasking {} ports failed: {errno}", some.len());
+            }
         }
     }
 
