@@ -179,12 +179,8 @@ impl Pool {
         // A huge page would make 2 MiB resident for the first 4 KiB used. Kernels without huge pages refuse: no matter.
         // SAFETY: the range is the mapping just made; this advice changes no content.
         let _ = unsafe { rustix::mm::madvise(base, length, Advice::LinuxNoHugepage) };
-        let chunk = Chunk {
-            used: Pages::NONE,
-            starts: Pages::NONE,
-            touched: Pages::NONE,
-            free_pages: CHUNK_PAGES,
-        };
+        let chunk =
+            Chunk { used: Pages::NONE, starts: Pages::NONE, touched: Pages::NONE, free_pages: CHUNK_PAGES };
         Ok(Pool {
             base: base.cast(),
             chunks: vec![chunk; count],
@@ -339,11 +335,7 @@ impl Pool {
                 let length = (count * PAGE_BYTES) as usize;
                 // SAFETY: whole pages of the arena that no span covers; they stay mapped.
                 let done = unsafe {
-                    rustix::mm::madvise(
-                        self.base.wrapping_add(offset).cast(),
-                        length,
-                        Advice::LinuxDontNeed,
-                    )
+                    rustix::mm::madvise(self.base.wrapping_add(offset).cast(), length, Advice::LinuxDontNeed)
                 };
                 if done.is_ok() {
                     given += length as u64;
@@ -383,9 +375,8 @@ impl Drop for Pool {
     /// Gives the memory back, not the addresses: a span that outlives its pool reads zeroes.
     fn drop(&mut self) {
         // SAFETY: the range is our mapping, which stays mapped.
-        let _ = unsafe {
-            rustix::mm::madvise(self.base.cast(), self.capacity_bytes(), Advice::LinuxDontNeed)
-        };
+        let _ =
+            unsafe { rustix::mm::madvise(self.base.cast(), self.capacity_bytes(), Advice::LinuxDontNeed) };
     }
 }
 

@@ -4,7 +4,11 @@
 //! is the map of the house.
 
 pub mod buffers;
+pub mod disk;
 pub mod error;
 pub mod hypervisor;
+pub mod journal;
 pub mod limits;
+pub mod pump;
+pub mod queue;
 pub mod storage;
