@@ -15,6 +15,10 @@
 //! that dies between the two leaves an entry whose index `rsp_prod` has not passed: that request is done again, which
 //! is harmless, as the guest has not seen an answer and its pages are still granted.
 
+mod directory;
+
+pub use directory::JournalDirectory;
+
 use std::sync::atomic::{AtomicU32, Ordering, compiler_fence};
 
 use bincode::{Decode, Encode};

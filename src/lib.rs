@@ -11,4 +11,5 @@ pub mod journal;
 pub mod limits;
 pub mod pump;
 pub mod queue;
+pub mod reactor;
 pub mod storage;

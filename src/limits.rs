@@ -27,3 +27,17 @@ pub const ROUNDS_PER_TURN: u32 = 8;
 
 /// Misdeeds and storage errors that wait to be logged; more are counted and dropped. 64 bytes each: 16 KiB.
 pub const REPORTS_MAX: usize = 256;
+
+/// Disks that are served at once. Each has at most one job with the xenstore client, which takes 1 024.
+pub const DEVICES_MAX: usize = 1000;
+
+/// Reads of one disk's nodes: 20 at once, then 10 a second, so that a frontend that changes its mind all the time costs
+/// at most 250 xenstore requests a second.
+pub const WORLD_READS_BURST: u32 = 20;
+/// See [`WORLD_READS_BURST`].
+pub const WORLD_READ_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Log lines about one disk: 10 at once, then one each 10 seconds; with 1 000 hostile disks 100 lines a second.
+pub const NOTICES_BURST: u32 = 10;
+/// See [`NOTICES_BURST`].
+pub const NOTICE_INTERVAL: Duration = Duration::from_secs(10);
