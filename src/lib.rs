@@ -7,4 +7,6 @@ pub mod buffers;
 pub mod error;
 pub mod hypervisor;
 pub mod limits;
+pub mod params;
 pub mod storage;
+pub mod vbd;
