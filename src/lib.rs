@@ -6,3 +6,4 @@
 pub mod buffers;
 pub mod hypervisor;
 pub mod storage;
+pub mod xenbus;

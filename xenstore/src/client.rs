@@ -88,8 +88,8 @@ pub struct Client {
     jobs: BTreeMap<JobId, JobState>,
     transactions_open: usize,
     watches: Watches,
-    reset: bool,
-    finished: VecDeque<(JobId, Outcome)>,
+    /// Resets and completions, in the order in which they came about.
+    ready: VecDeque<Event>,
     statistics: Statistics,
 }
 
@@ -111,8 +111,7 @@ impl Client {
             jobs: BTreeMap::new(),
             transactions_open: 0,
             watches: Watches::default(),
-            reset: false,
-            finished: VecDeque::new(),
+            ready: VecDeque::new(),
             statistics: Statistics::default(),
         }
     }
@@ -124,7 +123,7 @@ impl Client {
             self.disconnected();
         }
         self.connected = true;
-        self.reset = true;
+        self.ready.push_back(Event::Reset);
         self.watches.register_all();
         self.pump();
     }
@@ -139,11 +138,11 @@ impl Client {
         self.out_written = 0;
         self.in_flight.clear();
         self.transactions_open = 0;
-        self.reset = false;
+        self.ready.retain(|event| *event != Event::Reset);
         self.watches.disconnected();
         for (id, job) in core::mem::take(&mut self.jobs) {
             let failure = Failure::ConnectionLost { maybe_applied: job.maybe_applied() };
-            self.finished.push_back((id, Outcome::Failed(failure)));
+            self.ready.push_back(Event::Job { id, outcome: Outcome::Failed(failure) });
         }
     }
 
@@ -160,7 +159,7 @@ impl Client {
     /// [`SubmitError`]: the job was not taken, and there will be no completion.
     pub fn submit(&mut self, job: Job) -> Result<JobId, SubmitError> {
         job.check(self.config.payload_bytes_max)?;
-        if self.jobs.len() + self.finished.len() >= limits::JOBS_MAX {
+        if self.jobs.len() + self.ready.len() >= limits::JOBS_MAX {
             return Err(SubmitError::Full);
         }
         self.last_job += 1;
@@ -170,7 +169,7 @@ impl Client {
                 self.jobs.insert(id, state);
                 self.pump();
             }
-            Err(outcome) => self.finished.push_back((id, outcome)),
+            Err(outcome) => self.ready.push_back(Event::Job { id, outcome }),
         }
         Ok(id)
     }
@@ -272,13 +271,12 @@ impl Client {
     /// Takes one event. Completions come before watch events, so that a reply never overtakes an event that followed it
     /// on the wire.
     pub fn event(&mut self) -> Option<Event> {
-        if core::mem::take(&mut self.reset) {
-            return Some(Event::Reset);
-        }
-        if let Some((id, outcome)) = self.finished.pop_front() {
-            return Some(Event::Job { id, outcome });
-        }
-        self.watches.event()
+        self.completion().or_else(|| self.watches.event())
+    }
+
+    /// Takes one event that is a [`Event::Reset`] or the end of a job, and leaves those of watches for later.
+    pub fn completion(&mut self) -> Option<Event> {
+        self.ready.pop_front()
     }
 
     /// Counters since the client was made.
@@ -330,7 +328,7 @@ impl Client {
                 if let Some(outcome) = outcome {
                     self.statistics.transactions_redone += u64::from(job.retries());
                     self.jobs.remove(&id);
-                    self.finished.push_back((id, outcome));
+                    self.ready.push_back(Event::Job { id, outcome });
                 }
             }
         }

@@ -448,6 +448,11 @@ fn a_lost_connection_fails_every_job_and_registers_every_watch_again() {
         assert_eq!(outcome(&mut client, id), Outcome::Failed(Failure::ConnectionLost { maybe_applied }));
     }
     assert_eq!(client.event(), None, "events of the old connection are covered by the reset");
+    client.connected();
+    client.submit(Job::Edit(Edit::Mkdir(path("/lost")))).unwrap();
+    client.disconnected();
+    let lost = client.event();
+    assert!(matches!(lost, Some(Event::Job { .. })), "{lost:?}: the reset of an ended connection is void");
     let late = client.submit(Job::Edit(Edit::Mkdir(path("/d")))).unwrap();
     client.connected();
     assert_eq!(client.event(), Some(Event::Reset));
