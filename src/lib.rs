@@ -15,3 +15,4 @@ pub mod queue;
 pub mod reactor;
 pub mod storage;
 pub mod vbd;
+pub mod xenbus;
