@@ -53,6 +53,20 @@ impl Span {
         }
         Some(Span { address: self.address.wrapping_add(from as usize), length_bytes: length })
     }
+
+    /// Fills it with zeroes. For the owner of the transfer that the span belongs to.
+    pub(crate) fn zero(&self) {
+        // SAFETY: a span lies in an arena that is mapped for ever, or is empty; slices of an arena are borrowed from its
+        // pool, whose owner is the only caller.
+        unsafe { std::ptr::write_bytes(self.address, 0, self.length_bytes as usize) };
+    }
+
+    /// Copies the start of `other` over this, as much as both hold. For the owner of the transfer that they belong to.
+    pub(crate) fn copy_from(&self, other: &Span) {
+        let length = self.length_bytes.min(other.length_bytes) as usize;
+        // SAFETY: as in `zero`, for both; `copy` allows that they overlap.
+        unsafe { std::ptr::copy(other.address, self.address, length) };
+    }
 }
 
 /// A set of the pages of one chunk.
@@ -179,12 +193,8 @@ impl Pool {
         // A huge page would make 2 MiB resident for the first 4 KiB used. Kernels without huge pages refuse: no matter.
         // SAFETY: the range is the mapping just made; this advice changes no content.
         let _ = unsafe { rustix::mm::madvise(base, length, Advice::LinuxNoHugepage) };
-        let chunk = Chunk {
-            used: Pages::NONE,
-            starts: Pages::NONE,
-            touched: Pages::NONE,
-            free_pages: CHUNK_PAGES,
-        };
+        let chunk =
+            Chunk { used: Pages::NONE, starts: Pages::NONE, touched: Pages::NONE, free_pages: CHUNK_PAGES };
         Ok(Pool {
             base: base.cast(),
             chunks: vec![chunk; count],
@@ -339,11 +349,7 @@ impl Pool {
                 let length = (count * PAGE_BYTES) as usize;
                 // SAFETY: whole pages of the arena that no span covers; they stay mapped.
                 let done = unsafe {
-                    rustix::mm::madvise(
-                        self.base.wrapping_add(offset).cast(),
-                        length,
-                        Advice::LinuxDontNeed,
-                    )
+                    rustix::mm::madvise(self.base.wrapping_add(offset).cast(), length, Advice::LinuxDontNeed)
                 };
                 if done.is_ok() {
                     given += length as u64;
@@ -383,9 +389,8 @@ impl Drop for Pool {
     /// Gives the memory back, not the addresses: a span that outlives its pool reads zeroes.
     fn drop(&mut self) {
         // SAFETY: the range is our mapping, which stays mapped.
-        let _ = unsafe {
-            rustix::mm::madvise(self.base.cast(), self.capacity_bytes(), Advice::LinuxDontNeed)
-        };
+        let _ =
+            unsafe { rustix::mm::madvise(self.base.cast(), self.capacity_bytes(), Advice::LinuxDontNeed) };
     }
 }
 

@@ -5,4 +5,5 @@
 
 pub mod buffers;
 pub mod hypervisor;
+pub mod images;
 pub mod storage;
