@@ -7,6 +7,7 @@ pub mod buffers;
 pub mod disk;
 pub mod error;
 pub mod hypervisor;
+pub mod images;
 pub mod journal;
 pub mod limits;
 pub mod params;
