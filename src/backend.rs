@@ -16,11 +16,13 @@ use xenstore::{JobId, Outcome, Path, WatchToken};
 
 use crate::hypervisor::{DomainId, Hypervisor};
 use crate::journal::JournalStore;
-use crate::limits::{WORLD_READS_BURST, WORLD_READ_INTERVAL};
+use crate::limits::{WORLD_READ_INTERVAL, WORLD_READS_BURST};
 use crate::pump::{DiskId, Pump, PumpEvent, QueueId};
 use crate::queue::FrontendMisbehaved;
 use crate::storage::{Identity, OpenError, Opened, Storage};
-use crate::vbd::{self, Address, Config, ConnectPlan, Disconnect, Kind, Misdeed, OpenRequest, Timer, Vbd, World};
+use crate::vbd::{
+    self, Address, Config, ConnectPlan, Disconnect, Kind, Misdeed, OpenRequest, Timer, Vbd, World,
+};
 use crate::xenbus::Session;
 use notices::Bucket;
 pub use status::{DeviceStatus, Totals};
@@ -168,7 +170,8 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
     /// When [`Backend::turn`] is due though nothing happens.
     #[must_use]
     pub fn deadline(&self) -> Option<Duration> {
-        let timers = self.devices.values().flat_map(|device| device.timers.values().copied().chain(device.read_at));
+        let timers =
+            self.devices.values().flat_map(|device| device.timers.values().copied().chain(device.read_at));
         timers.chain(self.pump.deadline()).min()
     }
 
@@ -189,6 +192,11 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
                 self.crowded.push(*address);
             }
         }
+    }
+
+    /// Takes an event of xenstore that somebody else has fetched.
+    pub fn deliver(&mut self, session: &mut Session, event: xenstore::Event) {
+        self.store_event(session, event);
     }
 
     fn store_event(&mut self, session: &mut Session, event: xenstore::Event) {
@@ -255,9 +263,10 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
             PumpEvent::StorageFailed(queue, failure) => {
                 let Some(address) = self.device_of(queue) else { return };
                 let path = self.image_path(address);
-                let text = format!("{} of {path} failed at byte {}: {}", failure.what, failure.offset_bytes, {
-                    actions::storage_error_text(&failure.error)
-                });
+                let text =
+                    format!("{} of {path} failed at byte {}: {}", failure.what, failure.offset_bytes, {
+                        actions::storage_error_text(&failure.error)
+                    });
                 self.notice(address, log::Level::Error, &text);
             }
         }
@@ -339,9 +348,10 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
             self.pump.storage.close(opened.file);
             return Err(refusal);
         }
-        if opened.size_bytes % 512 != 0 {
+        if !opened.size_bytes.is_multiple_of(512) {
             let rest = opened.size_bytes % 512;
-            let text = format!("{path}: the last {rest} bytes are no whole sector; the guest does not see them");
+            let text =
+                format!("{path}: the last {rest} bytes are no whole sector; the guest does not see them");
             self.notice(address, log::Level::Warn, &text);
         }
         let disk = self.pump.add_disk(opened.file, sectors, request.read_only);

@@ -1,13 +1,12 @@
 //! The command line.
 
-mod serve;
+pub mod serve;
 
 use std::ffi::OsString;
 use std::io::Write;
 use std::process::ExitCode;
 
 use crate::error::Error;
-pub use serve::ServeOptions;
 
 const HELP: &str = "\
 vbdd serves the virtual disks of Xen guests from images.

@@ -6,7 +6,7 @@
 //! death of the process at any instruction, and need not survive that of the machine, since the guests' rings do not.
 //!
 //! ```text
-//! page 0   0 magic  8 length of the record (u32)  12 the record: who this ring is, bincode
+//! page 0   0 magic  8 length of the record (u32)  12 the record: who this ring is, bincode   4088 rsp_prod as published
 //! entry n  at 4096 + n*128:  0 state  4 response index  8 order of taking  12 -  16..128 the slot as it was on the ring
 //! state    0 free   1 taken, not answered   2 answered; the answer counts once the ring's rsp_prod has passed its index
 //! ```
@@ -28,6 +28,8 @@ const MAGIC: u64 = u64::from_le_bytes(*b"vbddring");
 const HEAD_BYTES: usize = 4096;
 const ENTRY_BYTES: usize = 128;
 const SLOT_AT: usize = 16;
+const PUBLISHED_AT: usize = 4088;
+const RECORD_BYTES: usize = PUBLISHED_AT - 12;
 
 const FREE: u32 = 0;
 const TAKEN: u32 = 1;
@@ -117,15 +119,21 @@ pub struct Journal {
 }
 
 impl Journal {
-    /// Starts an empty journal for the ring that `record` names.
+    /// Starts an empty journal for the ring that `record` names, and that has answered `responses_produced` requests.
     #[must_use]
-    pub fn create(memory: Memory, entries: u32, record: &RingRecord) -> Option<Journal> {
-        let journal = Journal::over(memory, entries)?;
+    pub fn create(
+        memory: Memory,
+        entries: u32,
+        record: &RingRecord,
+        responses_produced: u32,
+    ) -> Option<Journal> {
+        let mut journal = Journal::over(memory, entries)?;
         journal.store_magic(0);
+        journal.produced(responses_produced);
         for entry in 0..entries {
             journal.store(entry, 0, FREE);
         }
-        let mut bytes = [0_u8; HEAD_BYTES - 12];
+        let mut bytes = [0_u8; RECORD_BYTES];
         let length = bincode::encode_into_slice(record, &mut bytes, bincode::config::standard()).ok()?;
         journal.write(8, &u32::try_from(length).ok()?.to_le_bytes());
         journal.write(12, bytes.get(..length)?);
@@ -148,11 +156,16 @@ impl Journal {
             return None;
         }
         let length = u32::from_le_bytes(journal.read::<4>(8)) as usize;
-        let head = journal.read::<{ HEAD_BYTES - 12 }>(12);
+        let head = journal.read::<RECORD_BYTES>(12);
         let bytes = head.get(..length)?;
         let (found, _): (RingRecord, usize) =
             bincode::decode_from_slice(bytes, bincode::config::standard().with_limit::<HEAD_BYTES>()).ok()?;
         if found != *record {
+            return None;
+        }
+        // A ring that is behind what was published is another ring, that happens to have the same references.
+        let published = u32::from_le_bytes(journal.read(PUBLISHED_AT));
+        if responses_produced.wrapping_sub(published) > entries {
             return None;
         }
         let mut owed = Vec::new();
@@ -209,6 +222,11 @@ impl Journal {
     /// Writes down that the response of entry `entry` was published.
     pub fn published(&mut self, entry: u32) {
         self.store(entry, 0, FREE);
+    }
+
+    /// Writes down that the ring's response producer now stands at `responses_produced`.
+    pub fn produced(&mut self, responses_produced: u32) {
+        self.write(PUBLISHED_AT, &responses_produced.to_le_bytes());
     }
 
     fn word(&self, entry: u32, offset: usize) -> Option<&AtomicU32> {

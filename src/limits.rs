@@ -41,3 +41,13 @@ pub const WORLD_READ_INTERVAL: Duration = Duration::from_millis(100);
 pub const NOTICES_BURST: u32 = 10;
 /// See [`NOTICES_BURST`].
 pub const NOTICE_INTERVAL: Duration = Duration::from_secs(10);
+
+/// How long a stop waits for storage, after which the journal has to serve.
+pub const STOP_PATIENCE: Duration = Duration::from_secs(30);
+
+/// Clients of the control door at once, how long one may stay, and its longest line: 16 × 1 KiB.
+pub const CONTROL_SESSIONS_MAX: usize = 16;
+/// See [`CONTROL_SESSIONS_MAX`].
+pub const CONTROL_SESSION_AGE: Duration = Duration::from_secs(10);
+/// See [`CONTROL_SESSIONS_MAX`].
+pub const CONTROL_LINE_BYTES_MAX: usize = 1024;

@@ -207,13 +207,13 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         };
         let (journal, owed) = match inherited {
             Some((journal, owed)) => (Some(journal), owed),
-            None => (memory.and_then(|memory| Journal::create(memory, entries, &record)), Vec::new()),
+            None => {
+                (memory.and_then(|memory| Journal::create(memory, entries, &record, produced)), Vec::new())
+            }
         };
-        let ring = if plan.resume {
-            BackRing::resume(shared, plan.abi, u32::try_from(owed.len()).unwrap_or(0))
-        } else {
-            BackRing::attach(shared, plan.abi)
-        };
+        // A fresh ring has answered nothing, so this is where it starts too; and a frontend that does not wait for state
+        // 4 may have been served by a predecessor that died before it wrote it.
+        let ring = BackRing::resume(shared, plan.abi, u32::try_from(owed.len()).unwrap_or(0));
         let mut queue = Queue::new(disk.0, plan.domain, port, ring, mapping, journal);
         let inherited = queue.inherit(&owed, plan.abi);
         let id = place_in(&mut self.queues, queue);

@@ -262,6 +262,7 @@ impl Queue {
         let Some(ring) = &mut self.ring else { return false };
         let notify = ring.publish();
         if let Some(journal) = &mut self.journal {
+            journal.produced(ring.next_response());
             for place in self.unpublished.drain(..) {
                 journal.published(place.into());
             }

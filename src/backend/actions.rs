@@ -7,7 +7,9 @@ use super::{Backend, Ending, Pending, Purpose};
 use crate::hypervisor::{DomainId, Hypervisor, HypervisorError};
 use crate::pump::{DiskId, QueueId, RingPlan};
 use crate::storage::{Access, Storage, StorageError};
-use crate::vbd::{self, Action, Address, ConnectError, ConnectPlan, Disconnect, Key, Misdeed, Node, Notice, Side};
+use crate::vbd::{
+    self, Action, Address, ConnectError, ConnectPlan, Disconnect, Key, Misdeed, Node, Notice, Side,
+};
 use crate::xenbus::Session;
 
 /// The path of a key of a device.
@@ -32,7 +34,9 @@ pub(super) fn node_of(value: Result<Vec<u8>, ErrorCode>) -> Node {
 pub(super) fn publication_outcome(outcome: Outcome) -> vbd::Event<'static> {
     match outcome {
         Outcome::Committed { .. } | Outcome::Done => vbd::Event::Published,
-        Outcome::GuardFailed { .. } | Outcome::Failed(Failure::ConnectionLost { .. }) => vbd::Event::Superseded,
+        Outcome::GuardFailed { .. } | Outcome::Failed(Failure::ConnectionLost { .. }) => {
+            vbd::Event::Superseded
+        }
         Outcome::Failed(failure) => vbd::Event::PublishFailed(failure.to_string()),
         other => vbd::Event::PublishFailed(format!("xenstored answered {other:?}")),
     }
@@ -66,12 +70,15 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
                 let directory = address.backend_path(own);
                 let path = |name: &str| Path::parse(&format!("{directory}/{name}")).ok();
                 let writes = publication.writes.iter();
-                let writes = writes.filter_map(|(name, value)| Some(Edit::Write(path(name)?, value.clone().into())));
+                let writes =
+                    writes.filter_map(|(name, value)| Some(Edit::Write(path(name)?, value.clone().into())));
                 let removals = publication.removals.iter().filter_map(|name| Some(Edit::Remove(path(name)?)));
                 self.publish(session, address, &publication.guards, removals.chain(writes).collect());
             }
             Action::RemoveBackend(guards) => {
-                let Ok(path) = Path::parse(&address.backend_path(self.options.vbd.own_domain)) else { return };
+                let Ok(path) = Path::parse(&address.backend_path(self.options.vbd.own_domain)) else {
+                    return;
+                };
                 self.publish(session, address, &guards, vec![Edit::Remove(path)]);
             }
             Action::ArmTimer(timer) => {
@@ -145,7 +152,9 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
 
     fn try_connect(&mut self, address: Address, plan: &ConnectPlan) -> Result<QueueId, ConnectError> {
         let image = self.devices.get(&address).and_then(|device| device.image.as_ref());
-        let disk = image.map(|image| image.disk).ok_or_else(|| ConnectError::Failed("no image is open".to_owned()))?;
+        let disk = image
+            .map(|image| image.disk)
+            .ok_or_else(|| ConnectError::Failed("no image is open".to_owned()))?;
         let [queue] = plan.ring.queues.as_slice() else {
             let queues = u32::try_from(plan.ring.queues.len()).unwrap_or(u32::MAX);
             return Err(ConnectError::Misbehaved(Misdeed::Queues(queues)));
@@ -229,7 +238,11 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
         let Some(address) = found else { return };
         if !durable {
             let path = self.image_path(address);
-            self.notice(address, log::Level::Error, &format!("flushing {path} failed: written data may be lost"));
+            self.notice(
+                address,
+                log::Level::Error,
+                &format!("flushing {path} failed: written data may be lost"),
+            );
         }
         let Some(device) = self.devices.get_mut(&address) else { return };
         if let Ending::Syncing(how) = device.ending {

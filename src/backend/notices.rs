@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::Backend;
 use crate::hypervisor::Hypervisor;
-use crate::limits::{NOTICES_BURST, NOTICE_INTERVAL};
+use crate::limits::{NOTICE_INTERVAL, NOTICES_BURST};
 use crate::storage::Storage;
 use crate::vbd::Address;
 

@@ -104,7 +104,8 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
 
     /// Makes a vbd for an address that has none.
     fn meet(&mut self, session: &mut Session, address: Address) {
-        if self.stopping || self.devices.contains_key(&address) || !self.options.kinds.contains(&address.kind) {
+        if self.stopping || self.devices.contains_key(&address) || !self.options.kinds.contains(&address.kind)
+        {
             return;
         }
         if self.devices.len() >= DEVICES_MAX {

@@ -8,6 +8,7 @@ use rings::Abi;
 
 use super::usage;
 use crate::error::Error;
+use crate::storage::engine::EngineChoice;
 
 pub(super) const HELP: &str = "\
 vbdd serve serves every disk of the given kinds whose backend is this domain.
@@ -47,8 +48,8 @@ pub struct ServeOptions {
     pub kinds: Vec<String>,
     /// Directories that images must lie below.
     pub roots: Vec<PathBuf>,
-    /// `auto`, `uring` or `aio`.
-    pub engine: String,
+    /// How images are read and written.
+    pub engine: EngineChoice,
     /// Who cleans up.
     pub place: PlaceOption,
     /// For frontends that name none.
@@ -66,7 +67,7 @@ pub(super) fn parse(parser: &mut Parser) -> Result<Option<ServeOptions>, Error> 
     let mut options = ServeOptions {
         kinds: Vec::new(),
         roots: Vec::new(),
-        engine: "auto".to_owned(),
+        engine: EngineChoice::Auto,
         place: PlaceOption::Auto,
         default_abi: Abi::X86_64,
         state_dir: PathBuf::from("/run/vbdd"),
@@ -84,8 +85,12 @@ pub(super) fn parse(parser: &mut Parser) -> Result<Option<ServeOptions>, Error> 
             }
             Long("root") => options.roots.push(path(parser)?),
             Long("engine") => {
-                let engines = [("auto", "auto"), ("uring", "uring"), ("aio", "aio")];
-                options.engine = one_of(parser, "--engine", &engines)?.to_owned();
+                let engines = [
+                    ("auto", EngineChoice::Auto),
+                    ("uring", EngineChoice::Uring),
+                    ("aio", EngineChoice::Aio),
+                ];
+                options.engine = one_of(parser, "--engine", &engines)?;
             }
             Long("place") => {
                 options.place = one_of(
@@ -107,7 +112,10 @@ pub(super) fn parse(parser: &mut Parser) -> Result<Option<ServeOptions>, Error> 
             Long("log-level") => {
                 let text = value(parser)?;
                 options.log_level = text.parse().map_err(|_| {
-                    Error::new(format!("--log-level {text}: no such level"), "error, warn, info, debug or trace")
+                    Error::new(
+                        format!("--log-level {text}: no such level"),
+                        "error, warn, info, debug or trace",
+                    )
                 })?;
             }
             Long("json") => {}
@@ -115,7 +123,10 @@ pub(super) fn parse(parser: &mut Parser) -> Result<Option<ServeOptions>, Error> 
         }
     }
     if options.kinds.is_empty() {
-        return Err(Error::new("no --kind given: nothing to serve", "give --kind vbd, --kind vbd3 or --kind qdisk"));
+        return Err(Error::new(
+            "no --kind given: nothing to serve",
+            "give --kind vbd, --kind vbd3 or --kind qdisk",
+        ));
     }
     if options.roots.is_empty() {
         let hint = "give --root DIR, the directory that the images are in";
@@ -151,13 +162,27 @@ mod tests {
     #[test]
     fn options_are_read() {
         let options = parsed(&[
-            "--kind", "vbd", "--kind=qdisk", "--kind", "vbd", "--root", "/srv/a", "--root=/srv/b", "--engine", "aio",
-            "--place", "driver-domain", "--default-abi", "x86_32", "--log-level", "debug",
+            "--kind",
+            "vbd",
+            "--kind=qdisk",
+            "--kind",
+            "vbd",
+            "--root",
+            "/srv/a",
+            "--root=/srv/b",
+            "--engine",
+            "aio",
+            "--place",
+            "driver-domain",
+            "--default-abi",
+            "x86_32",
+            "--log-level",
+            "debug",
         ]);
         let options = options.unwrap().unwrap();
         assert_eq!(options.kinds, ["vbd", "qdisk"]);
         assert_eq!(options.roots, [PathBuf::from("/srv/a"), PathBuf::from("/srv/b")]);
-        assert_eq!((options.engine.as_str(), options.place), ("aio", PlaceOption::DriverDomain));
+        assert_eq!((options.engine, options.place), (EngineChoice::Aio, PlaceOption::DriverDomain));
         assert_eq!((options.default_abi, options.log_level), (Abi::X86_32, log::LevelFilter::Debug));
         assert_eq!(parsed(&["--help"]), Ok(None));
     }
@@ -168,8 +193,14 @@ mod tests {
         for (arguments, expected) in [
             (vec![], "no --kind given: nothing to serve (give --kind vbd, --kind vbd3 or --kind qdisk)"),
             (vec!["--kind", "vif"], "--kind vif: no such choice (one of vbd, vbd3, qdisk)"),
-            (vec!["--kind", "vbd", "--engine", "fast"], "--engine fast: no such choice (one of auto, uring, aio)"),
-            (vec!["--log-level", "loud"], "--log-level loud: no such level (error, warn, info, debug or trace)"),
+            (
+                vec!["--kind", "vbd", "--engine", "fast"],
+                "--engine fast: no such choice (one of auto, uring, aio)",
+            ),
+            (
+                vec!["--log-level", "loud"],
+                "--log-level loud: no such level (error, warn, info, debug or trace)",
+            ),
             (vec!["--kind"], "missing argument for option '--kind' (see vbdd --help)"),
         ] {
             assert_eq!(parsed(&[&root[..], &arguments].concat()), Err(expected.to_owned()));

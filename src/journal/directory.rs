@@ -147,10 +147,11 @@ mod tests {
         let mut directory = JournalDirectory::open(&path).unwrap();
         let length = Memory::needed_bytes(32);
         let memory = directory.open("vbd-7-51712", length).unwrap();
-        let mut journal = Journal::create(memory, 32, &record()).unwrap();
+        let mut journal = Journal::create(memory, 32, &record(), 0).unwrap();
         for (entry, byte) in [(5, 1), (0, 2), (9, 3), (3, 4), (30, 5)] {
             journal.taken(entry, &[byte; 112]);
         }
+        journal.produced(10);
         journal.answered(0, 10);
         journal.answered(9, 11);
         journal.published(0);
@@ -160,6 +161,7 @@ mod tests {
         let mut directory = JournalDirectory::open(&path).unwrap();
         let memory = directory.open("vbd-7-51712", length).unwrap();
         assert!(Journal::inherit(memory, 32, &RingRecord { domain: 8, ..record() }, 11).is_none());
+        assert!(Journal::inherit(memory, 32, &record(), 9).is_none(), "a younger ring");
         let (_, owed) = Journal::inherit(memory, 32, &record(), 11).unwrap();
         let found: Vec<(u32, u8)> = owed.iter().map(|one| (one.entry, one.bytes[0])).collect();
         assert_eq!(found, [(5, 1), (9, 3), (3, 4), (30, 5)], "an unpublished answer is still owed");
@@ -186,7 +188,7 @@ mod tests {
         let path = scratch("wrap");
         let mut directory = JournalDirectory::open(&path).unwrap();
         let memory = directory.open("q", Memory::needed_bytes(32)).unwrap();
-        let mut journal = Journal::create(memory, 32, &record()).unwrap();
+        let mut journal = Journal::create(memory, 32, &record(), 0).unwrap();
         journal.order = u32::MAX - 1;
         for entry in [4, 3, 2, 1] {
             journal.taken(entry, &[0; 112]);
