@@ -11,6 +11,7 @@ EXT4_MODULES="crc32c_generic ext4"
 
 build_archives() {
   [ -e "$BUILT/done" ] || with_lock built build_locked
+  touch "$BUILT"
 }
 
 build_locked() {
@@ -31,6 +32,8 @@ build_locked() {
   touch "$new/done"
   rm -rf "$BUILT"
   mv "$new" "$BUILT"
+  # What older versions of these scripts built and nobody has used for a day.
+  find "$CACHE" -maxdepth 1 -name 'built-*' ! -path "$BUILT" -mtime +1 -exec rm -rf {} +
 }
 
 # base FOLDER MODULE...: busybox, the folders every domain wants, and kernel modules with what they depend on.

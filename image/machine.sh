@@ -32,7 +32,7 @@ machine() {
     -cpu max,-smap,-rdtscp,-xsave,-avx,-avx2,-f16c,-fma
     -smp 1 -m "${MEMORY:-2048}" -nographic -no-reboot -nodefaults -net none -serial stdio -monitor none
     -kernel "$PACKAGES/xen.bin"
-    -append "console=com1 com1=115200 dom0_mem=${DOM0_MEMORY:-768}M,max:${DOM0_MEMORY:-768}M dom0_max_vcpus=1 loglvl=warning guest_loglvl=warning sched=credit ${XEN_OPTIONS:-}"
+    -append "console=com1 com1=115200 dom0_mem=${DOM0_MEMORY:-768}M,max:${DOM0_MEMORY:-768}M dom0_max_vcpus=1 conring_size=256k loglvl=warning guest_loglvl=warning sched=credit ${XEN_OPTIONS:-}"
     -initrd "$PACKAGES/vmlinux console=hvc0 loglevel=3,$WORK/dom0.cpio")
   local n=0 disk
   for disk in "${DISKS[@]}"; do
@@ -86,20 +86,26 @@ told_ok() { printf 'ok    %s  (%s s)\n' "$1" "$(elapsed)"; }
 told_fail() { printf 'FAIL  %s  (%s s)\n' "$1" "$(elapsed)"; }
 told_skip() { printf 'skip  %s\n' "$1"; }
 
-# overlay_domains OVERLAY: puts the kernel and the initramfs archives of the domains where dom0 looks for them.
+# overlay_domains OVERLAY: puts the kernel and the initramfs archives of the domains where dom0 looks for them, with the
+# binaries under test and an agent on each console.
 overlay_domains() {
-  local overlay=$1
-  mkdir -p "$overlay/domains" "$overlay/scenario"
+  local overlay=$1 tools=$WORK/tools peer=$WORK/peer
+  mkdir -p "$overlay/domains" "$overlay/scenario" "$tools/lib/vbdd" "$peer/lib/vbdd/peer"
   ln "$PACKAGES/vmlinux" "$overlay/domains/vmlinux" 2>/dev/null || cp "$PACKAGES/vmlinux" "$overlay/domains/vmlinux"
-  mkdir -p "$WORK/extra/lib/vbdd" "$WORK/extra/usr/sbin" "$WORK/extra/usr/bin"
-  touch "$WORK/extra/lib/vbdd/agent-wanted"
-  [ -n "${VBDD:-}" ] && { install -D "$VBDD" "$WORK/extra/usr/sbin/vbdd"; install -D "$VBDD" "$overlay/usr/sbin/vbdd"; }
-  [ -n "${VBDD_GUEST:-}" ] && install -D "$VBDD_GUEST" "$WORK/extra/usr/bin/vbdd-guest"
-  mkdir -p "$WORK/extra/lib/vbdd/peer"
-  find "$PACKAGES/root/lib/modules" \( -name loop.ko -o -name xen-blkback.ko \) -exec cp {} "$WORK/extra/lib/vbdd/peer/" \;
-  archive "$WORK/extra" "$WORK/extra.cpio"
-  cat "$BUILT/storage.cpio" "$WORK/extra.cpio" >"$overlay/domains/storage.cpio"
-  cat "$BUILT/guest.cpio" "$WORK/extra.cpio" >"$overlay/domains/guest.cpio"
+  touch "$tools/lib/vbdd/agent-wanted"
+  install -D "$VBDD_GUEST" "$tools/usr/bin/vbdd-guest"
+  install -D "$VBDD_GUEST" "$overlay/usr/bin/vbdd-guest"
+  find "$PACKAGES/root/lib/modules" \( -name loop.ko -o -name xen-blkback.ko \) -exec cp {} "$peer/lib/vbdd/peer/" \;
+  local program
+  for program in "${VBDD:-}:usr/sbin/vbdd" "${CONFORMANCE:-}:usr/bin/xenstore-conformance"; do
+    [ -e "${program%%:*}" ] || continue
+    install -D "${program%%:*}" "$peer/${program#*:}"
+    install -D "${program%%:*}" "$overlay/${program#*:}"
+  done
+  archive "$tools" "$WORK/tools.cpio"
+  archive "$peer" "$WORK/peer.cpio"
+  cat "$BUILT/storage.cpio" "$WORK/tools.cpio" "$WORK/peer.cpio" >"$overlay/domains/storage.cpio"
+  cat "$BUILT/guest.cpio" "$WORK/tools.cpio" >"$overlay/domains/guest.cpio"
 }
 
 xen_version() { local config=("$PACKAGES"/root/boot/xen-*.config); config=${config##*/xen-}; echo "${config%%-amd64*}"; }

@@ -72,7 +72,7 @@ domid() { [ "$1" = dom0 ] && echo 0 || cat "/run/$1.domid"; }
 
 # start NAME: lets a created domain run, and waits for its agent.
 start() {
-  xl unpause "$1" && wait_for grep -q "^agent ready" "$LOGS/guest-$1.log" ||
+  xl unpause "$1" && wait_for grep -q "agent ready" "$LOGS/guest-$1.log" ||
     { warn "$1 does not answer on its console"; tail -5 "$LOGS/guest-$1.log"; return 1; }
 }
 
@@ -97,12 +97,12 @@ on() {
   return "$(tr -d '\r' <"$log" | sed -n "s/^$id= //p" | tail -1)"
 }
 
-destroy() { xl destroy "$1" 2>/dev/null; rm -f "/run/$1.domid" "/run/$1.count"; }
+destroy() { xl destroy "$1" 2>/dev/null; rm -f "/run/$1.domid" "/run/$1.count" "/run/$1.tty"; }
 
 halt() {
   echo "q0 poweroff -f" >"$(cat "/run/$1.tty")"
   wait_for gone "$1" || { warn "$1 does not power off"; return 1; }
-  rm -f "/run/$1.domid" "/run/$1.count"
+  rm -f "/run/$1.domid" "/run/$1.count" "/run/$1.tty"
 }
 
 gone() { ! xl domid "$1"; }
@@ -191,8 +191,9 @@ unplug() {
   be=$(be_of "$1" "$2") fe=$(front "$1" "$2")
   xenstore-write "$be/online" 0 "$be/state" 5
   wait_for closed_or_gone "$be" || { warn "the backend of $2 did not reach state 6"; xenstore-ls "$be"; return 1; }
-  if [ "$backend" != dom0 ] && [ "$flavour" = vbdd ]; then
-    # In a driver domain the backend removes its directory itself, and the toolstack waits 10 s for that.
+  if [ "$flavour" = qdisk ] || { [ "$backend" != dom0 ] && [ "$flavour" = vbdd ]; }; then
+    # In a driver domain the backend removes its directory itself, and the toolstack waits 10 s for that. QEMU does so
+    # everywhere.
     TIMEOUT=10 wait_for absent "$be" || { warn "$be is still there 10 s after state 6"; return 1; }
   else
     state_is "$be" 6 || { warn "the backend removed a directory that was dom0's to remove"; return 1; }
@@ -200,6 +201,7 @@ unplug() {
   fi
   xenstore-rm "$fe" 2>/dev/null
   release "$flavour" "$backend" "$file"
+  rm -f "/run/plug.$1.$2"
 }
 
 closed_or_gone() { state_is "$1" 6 || absent "$1"; }
@@ -227,29 +229,29 @@ backend_up() {
   esac
 }
 
+# In dom0 a shell waits for vbdd, so that its exit status is known to every later step.
 vbdd_start() {
   if [ "$1" = dom0 ]; then
     mkdir -p /srv/images
-    /usr/sbin/vbdd serve --kind "${VBDD_KIND:-vbd}" --root /srv/images $VBDD_OPTIONS >>/run/vbdd.log 2>&1 </dev/null &
-    echo $! >/run/vbdd.pid
+    rm -f /run/vbdd.status /run/vbdd.pid
+    (
+      sh -c 'echo $$ >/run/vbdd.pid; exec /usr/sbin/vbdd serve "$@"' vbdd \
+        --kind "${VBDD_KIND:-vbd}" --root /srv/images $VBDD_OPTIONS >>/run/vbdd.log 2>&1 </dev/null
+      echo $? >/run/vbdd.status
+    ) &
   else
-    on "$1" "rm -f /run/vbdd.hold"
+    on "$1" "rm -f /run/vbdd.hold /run/vbdd.status"
   fi
   wait_for vbdd_runs "$1"
 }
 
-vbdd_runs() {
-  if [ "$1" = dom0 ]; then kill -0 "$(cat /run/vbdd.pid)"; else on "$1" "pidof vbdd"; fi
-}
+vbdd_runs() { on "$1" "test ! -e /run/vbdd.status && pidof vbdd"; }
 
-# vbdd_stop DOMAIN: SIGTERM, and waits for its end. Its exit status is checked in dom0, where it is known.
+# vbdd_stop DOMAIN: SIGTERM, waits for the end, and wants exit status 0.
 vbdd_stop() {
-  if [ "$1" = dom0 ]; then
-    kill -TERM "$(cat /run/vbdd.pid)"
-    wait "$(cat /run/vbdd.pid)"
-  else
-    on "$1" "touch /run/vbdd.hold; killall -TERM vbdd; n=0; while pidof vbdd >/dev/null; do sleep 0.05; n=\$((n+1)); [ \$n -lt 400 ] || exit 1; done"
-  fi
+  on "$1" "touch /run/vbdd.hold; killall -TERM vbdd" || { warn "there was no vbdd to stop"; return 1; }
+  wait_for on "$1" "test -s /run/vbdd.status" || { warn "vbdd did not end after SIGTERM"; return 1; }
+  [ "$(on "$1" "cat /run/vbdd.status")" = 0 ] || { warn "vbdd ended with status $(on "$1" "cat /run/vbdd.status")"; return 1; }
 }
 
 # What vbdd said: all of it.
