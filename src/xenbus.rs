@@ -89,6 +89,12 @@ impl Xenbus {
         &mut self.session
     }
 
+    /// Whether it is the kernel's device, with its lower limit on messages, and not a socket.
+    #[must_use]
+    pub fn is_device(&self) -> bool {
+        self.place.kind == Kind::Device
+    }
+
     /// Where xenstored was found, for the log.
     #[must_use]
     pub fn place(&self) -> &std::path::Path {
