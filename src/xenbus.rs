@@ -4,7 +4,9 @@
 //! - `/run/xenstored/socket` is a byte stream with payloads of up to 4096 bytes. It exists in dom0 only, and not where
 //!   xenstored runs in a domain of its own.
 //! - `/dev/xen/xenbus` takes exactly one message per `write` (what follows it in the same write is dropped), header
-//!   and payload together at most 4096 bytes. It reports some errors of WATCH and UNWATCH as the errno of that write
+//!   and payload together at most 4096 bytes, and **only one request at a time**: the kernel keeps the message in the
+//!   one buffer of the open file until its own thread has sent it, and the next `write` overwrites it there. Requests
+//!   sent without waiting for the reply before are lost or mixed up (seen with Linux 6.1). It reports some errors of WATCH and UNWATCH as the errno of that write
 //!   instead of a reply. It never becomes "not writable", and its `poll` never says that it is writable, so what is to
 //!   be written is written at once. Watches and transactions end with the file descriptor.
 //!
@@ -18,7 +20,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
 use rustix::io::Errno;
-use xenstore::{Config, ErrorCode, wire};
+use xenstore::{Config, ErrorCode, limits, wire};
 
 pub use place::OpenError;
 use place::{Kind, Place};
@@ -64,11 +66,11 @@ impl Xenbus {
     /// [`OpenError`] lists what was tried and why it failed.
     pub fn open(options: &Options, now_ms: u64) -> Result<Xenbus, OpenError> {
         let (place, connection) = Place::find(options.path.as_deref())?;
-        let payload_bytes_max = match place.kind {
-            Kind::Socket => wire::PAYLOAD_BYTES_MAX,
-            Kind::Device => wire::DEVICE_PAYLOAD_BYTES_MAX,
+        let (payload_bytes_max, requests_max) = match place.kind {
+            Kind::Socket => (wire::PAYLOAD_BYTES_MAX, limits::REQUESTS_OUTSTANDING_MAX),
+            Kind::Device => (wire::DEVICE_PAYLOAD_BYTES_MAX, 1),
         };
-        let config = Config { payload_bytes_max, seed: options.seed, ..Config::default() };
+        let config = Config { payload_bytes_max, requests_max, seed: options.seed };
         let mut xenbus = Xenbus {
             session: Session::new(config),
             place,
