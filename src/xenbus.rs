@@ -53,6 +53,7 @@ pub struct Xenbus {
     place: Place,
     connection: Option<OwnedFd>,
     connections_made: u64,
+    connected_at_ms: u64,
     /// While there is no connection: when to try again, and the pause after that.
     retry_at_ms: u64,
     retry_pause_ms: u64,
@@ -76,6 +77,7 @@ impl Xenbus {
             place,
             connection: Some(connection),
             connections_made: 1,
+            connected_at_ms: now_ms,
             retry_at_ms: 0,
             retry_pause_ms: RECONNECT_FIRST_MS,
             blocked: false,
@@ -150,7 +152,6 @@ impl Xenbus {
                     if let Err(error) = self.session.receive(&buffer[..bytes]) {
                         return self.lost(now_ms, &error.to_string());
                     }
-                    self.retry_pause_ms = RECONNECT_FIRST_MS;
                 }
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => break,
@@ -193,6 +194,9 @@ impl Xenbus {
         self.connection = None;
         self.blocked = false;
         self.session.disconnected();
+        if now_ms.saturating_sub(self.connected_at_ms) >= RECONNECT_MS_MAX {
+            self.retry_pause_ms = RECONNECT_FIRST_MS;
+        }
         self.retry_at_ms = now_ms.saturating_add(self.retry_pause_ms);
     }
 
@@ -202,6 +206,7 @@ impl Xenbus {
                 log::info!("xenstore: connected to {} again", self.place.path.display());
                 self.connection = Some(connection);
                 self.connections_made += 1;
+                self.connected_at_ms = now_ms;
                 self.session.connected();
             }
             Err(error) => {
@@ -210,7 +215,7 @@ impl Xenbus {
             }
         }
         // Also after a success: a server that takes connections only to drop them is asked ever less often. The pause
-        // falls back once something sensible was received.
+        // falls back once a connection has lasted.
         self.retry_pause_ms = (self.retry_pause_ms * 2).min(RECONNECT_MS_MAX);
     }
 }
