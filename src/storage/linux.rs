@@ -46,11 +46,28 @@ pub struct Options {
     pub pool_bytes: usize,
     /// Whether to go past the page cache where the file system allows.
     pub direct: bool,
+    /// Alignment to keep in direct transfers, for media that want more than the kernel says.
+    pub alignment: Option<Alignment>,
+}
+
+/// What direct transfers must be multiples of, in bytes: powers of two, 512 to 4096.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Alignment {
+    /// Offset and length in the file.
+    pub block_bytes: u32,
+    /// Address in memory.
+    pub memory_bytes: u32,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { engine: EngineChoice::Auto, roots: Vec::new(), pool_bytes: 64 << 20, direct: true }
+        Options {
+            engine: EngineChoice::Auto,
+            roots: Vec::new(),
+            pool_bytes: 64 << 20,
+            direct: true,
+            alignment: None,
+        }
     }
 }
 
@@ -121,10 +138,10 @@ impl LinuxStorage {
         let bounces =
             Pool::new(BOUNCE_POOL_BYTES).map_err(|error| format!("no memory for buffers: {error}"))?;
         let bell = Arc::new(Bell::new().map_err(|error| format!("eventfd: {error}"))?);
-        let direct = options.direct;
+        let (direct, alignment) = (options.direct, options.alignment);
         let openers = Workers::new("vbdd-open", OPENERS_MAX, Arc::clone(&bell), move |errand| match errand {
             Errand::Open { token, path, access } => {
-                let result = medium::open(&roots, &path, access, direct);
+                let result = medium::open(&roots, &path, access, direct, alignment);
                 Some((token, result, path))
             }
             Errand::Close(file) => {
