@@ -322,3 +322,6 @@ pub(crate) fn explain(path: &str, errno: Errno, access: Option<Access>) -> OpenE
     };
     refuse(path, reason)
 }
+
+#[cfg(test)]
+mod tests;
