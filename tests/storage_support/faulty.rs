@@ -67,7 +67,7 @@ impl Faulty {
         let moves = transfer.action != Action::Sync;
         if moves && plan.block > 0 {
             let off = transfer.offset_bytes | u64::from(transfer.length_bytes);
-            if off % plan.block != 0 || !(transfer.address as usize).is_multiple_of(plan.memory) {
+            if !off.is_multiple_of(plan.block) || !(transfer.address as usize).is_multiple_of(plan.memory) {
                 plan.misaligned += 1;
                 return Some(-libc::EINVAL);
             }
