@@ -15,6 +15,7 @@ mod files;
 mod hazards;
 mod legs;
 mod medium;
+mod requests;
 mod slots;
 
 mod workers;

@@ -25,7 +25,7 @@ struct Faults {
 
 fn faults(name: &str, block: u32) -> Faults {
     let directory = on_disk(name);
-    let path = directory.file("image", &[0x11; 64 * 1024]);
+    let path = directory.file("image", &vec![0x11; 64 * 1024]);
     let plan = Rc::new(RefCell::new(Plan::default()));
     let engine = Faulty::new(Box::new(Uring::new().unwrap()), &plan, 99);
     let least = Some(Alignment { block_bytes: block, memory_bytes: 512 });
@@ -180,7 +180,7 @@ fn more_than_there_is_room_for() {
 #[test]
 fn idle_storage_wakes_nobody() {
     let directory = on_disk("idle");
-    let path = directory.file("image", &[0; 64 * 1024]);
+    let path = directory.file("image", &vec![0; 64 * 1024]);
     for engine in [EngineChoice::Uring, EngineChoice::Aio] {
         let mut rig = Rig::new(&options(&directory.0, engine));
         let opened = rig.open(&path, Access::ReadWrite).unwrap();
