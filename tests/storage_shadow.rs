@@ -231,7 +231,7 @@ fn blocks_of_4096_late_and_short() {
     for choice in [EngineChoice::Uring, EngineChoice::Aio] {
         for least in [STRICT, LOOSE] {
             let memory = least.memory_bytes as usize;
-            let plan = Plan { again: 3, short: 5, late: 40, block: 4096, memory, ..Plan::default() };
+            let plan = Plan { again: 3, short: 30, late: 40, block: 4096, memory, ..Plan::default() };
             let (world, plan) = run(choice, Some(least), 128 * 1024, plan, 2500);
             assert!(plan.shortened > 10 && world.finished >= 2500, "{plan:?}");
         }
