@@ -254,7 +254,7 @@ impl LinuxStorage {
         }
         let mut close = false;
         if let Some(file) = self.files.at(slot.io.file) {
-            file.in_flight -= 1;
+            file.in_flight = file.in_flight.saturating_sub(1);
             close = file.closing && file.in_flight == 0;
             if slot.listed.is_some() {
                 self.unblock(number);
