@@ -67,6 +67,10 @@ impl Vbd {
             self.heir = matches!(view.be, INIT_WAIT | CONNECTED | CLOSING);
         }
         self.advanced |= view.be != INITIALISING;
+        if view.be == INIT_WAIT && view.fe == Front::Closing {
+            // It closes a ring that was never connected.
+            self.heir = false;
+        }
         if let Ring::Up(serving) | Ring::Connecting(serving) = &mut self.ring {
             serving.seen_connected |= view.fe == Front::Connected;
             serving.seen_closing |= view.fe == Front::Closing;
@@ -91,7 +95,7 @@ impl Vbd {
             return;
         }
         match view.fe {
-            Front::Initialised | Front::Connected | Front::Closing | Front::Other => {
+            Front::Initialised | Front::Connected | Front::Closing => {
                 if view.be != CLOSING {
                     self.publish_state(CLOSING, view, world, actions);
                 } else if matches!(view.fe, Front::Connected | Front::Closing) {
@@ -99,7 +103,9 @@ impl Vbd {
                 }
             }
             Front::Gone => self.close(Disconnect::Abort, view, world, actions),
-            Front::Initialising | Front::Closed => self.close(Disconnect::Drain, view, world, actions),
+            Front::Initialising | Front::Closed | Front::Other => {
+                self.close(Disconnect::Drain, view, world, actions);
+            }
         }
     }
 
@@ -119,7 +125,9 @@ impl Vbd {
     fn decide_online(&mut self, view: &View, world: &World, actions: &mut Actions) {
         if view.be == INITIALISING {
             // Whatever the frontend does, the toolstack must get to see 2.
-            if view.fe != Front::Gone {
+            if view.fe == Front::Gone {
+                self.release(Disconnect::Abort, actions);
+            } else {
                 self.prepare(view, world, actions);
             }
             return;
@@ -127,17 +135,20 @@ impl Vbd {
         match view.fe {
             Front::Initialising => self.prepare(view, world, actions),
             Front::Initialised | Front::Connected => self.serve(view, world, actions),
-            Front::Closing => {
-                if view.be != CLOSING && view.be != CLOSED {
-                    self.publish_state(CLOSING, view, world, actions);
-                } else {
-                    self.take_over(view, actions);
+            Front::Closing => match view.be {
+                CLOSING => self.take_over(view, actions),
+                CLOSED => {
+                    self.release(Disconnect::Drain, actions);
                 }
-            }
+                _ => self.publish_state(CLOSING, view, world, actions),
+            },
             Front::Closed => self.close(Disconnect::Drain, view, world, actions),
             Front::Gone => self.close(Disconnect::Abort, view, world, actions),
             Front::Other => match view.be {
-                CONNECTED | CLOSING | CLOSED => {}
+                CLOSED => {
+                    self.release(Disconnect::Drain, actions);
+                }
+                CONNECTED | CLOSING => {}
                 INIT_WAIT if self.prepared => {}
                 _ => self.prepare(view, world, actions),
             },
@@ -278,7 +289,8 @@ impl Vbd {
                 let resume = self.heir && matches!(view.be, CONNECTED | CLOSING);
                 self.ring = Ring::Connecting(Serving {
                     plan: plan.clone(),
-                    announced: resume,
+                    announced: resume && view.be == CONNECTED,
+                    inherited: resume,
                     seen_connected: view.fe == Front::Connected,
                     seen_closing: view.fe == Front::Closing,
                     broken: None,
