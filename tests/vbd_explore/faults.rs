@@ -109,7 +109,8 @@ pub fn plant(fault: Fault, vbd: &mut Vbd, happening: Happening, actions: &mut Ac
             }
         }
         Fault::IgnoresClosed => {
-            if matches!(happening, Happening::World(store, _) if store.frontend.is_some_and(|it| it.state == 6)) {
+            if matches!(happening, Happening::World(store, _) if store.frontend.is_some_and(|it| it.state == 6))
+            {
                 actions.retain(|action| !matches!(action, Action::Disconnect(_)));
             }
         }
@@ -125,7 +126,12 @@ fn each_publication(actions: &mut Actions, bend: impl Fn(&mut Publication)) {
 }
 
 /// Takes an action away and answers it at once.
-fn answer_instead(vbd: &mut Vbd, actions: &mut Actions, which: fn(&Action) -> bool, event: fn() -> Event<'static>) {
+fn answer_instead(
+    vbd: &mut Vbd,
+    actions: &mut Actions,
+    which: fn(&Action) -> bool,
+    event: fn() -> Event<'static>,
+) {
     if actions.iter().any(which) {
         actions.retain(|action| !which(action));
         vbd.step(event(), actions);

@@ -6,8 +6,8 @@ use std::rc::Rc;
 
 use vbdd::hypervisor::DomainId;
 use vbdd::vbd::{
-    Action, Actions, Address, Config, ConnectError, ConnectPlan, Disconnect, Event, Geometry, Kind, Misdeed, Place,
-    Publication, Script, Timer, Vbd,
+    Action, Actions, Address, Config, ConnectError, ConnectPlan, Disconnect, Event, Geometry, Kind, Misdeed,
+    Place, Publication, Script, Side, Timer, Vbd,
 };
 
 use crate::faults::{Fault, plant};
@@ -497,7 +497,9 @@ impl Model {
 
     fn numbered(&mut self, action: Action) -> Act {
         match action {
-            Action::Publish(publication) => Act::Publish(self.writings.number(Writing::Nodes(publication)) + 1),
+            Action::Publish(publication) => {
+                Act::Publish(self.writings.number(Writing::Nodes(publication)) + 1)
+            }
             Action::RemoveBackend(guards) => Act::Publish(self.writings.number(Writing::Removal(guards)) + 1),
             other => Act::Plain(other),
         }
@@ -517,7 +519,9 @@ impl Model {
             Happening::Published => Event::Published,
             Happening::Superseded => Event::Superseded,
             Happening::PublishFailed => Event::PublishFailed("quota".to_owned()),
-            Happening::Opened(true) => Event::Opened(Ok(Geometry { sectors: 2048, physical_sector_bytes: 512 })),
+            Happening::Opened(true) => {
+                Event::Opened(Ok(Geometry { sectors: 2048, physical_sector_bytes: 512 }))
+            }
             Happening::Opened(false) => Event::Opened(Err("no such file".to_owned())),
             Happening::ImageClosed => Event::ImageClosed,
             Happening::Connected => Event::Connected,
@@ -540,8 +544,10 @@ impl Model {
                 rule(!s.stopping, "something is published after Stop")?;
                 let (Writing::Nodes(Publication { guards, .. }) | Writing::Removal(guards)) =
                     &self.writings.values[*number as usize - 1];
-                let has = |name: &str| guards.iter().any(|it| it.key.name == name && it.expected.is_present());
-                rule(has("state") && has("online"), "a publication without its guards")?;
+                let guard =
+                    |name: &str| guards.iter().find(|it| it.key.side == Side::Backend && it.key.name == name);
+                let state = guard("state").is_some_and(|it| it.expected.is_present());
+                rule(state && guard("online").is_some(), "a publication without its guards")?;
                 s.publication = *number;
             }
             Act::Plain(action) => match action {
@@ -568,15 +574,21 @@ impl Model {
                         return Err("a ring is connected without a read".to_owned());
                     };
                     let read = states.unwrap_or(store).backend.map_or(0, |it| it.state);
-                    rule(plan.resume || s.spoke || read != 4, "a predecessor's ring is connected as a new one")?;
+                    rule(
+                        plan.resume || s.spoke || read != 4,
+                        "a predecessor's ring is connected as a new one",
+                    )?;
                     s.ring = Ring::Connecting(nodes_of(plan));
                 }
                 Action::Disconnect(how) => {
-                    let escalates =
-                        *how == Disconnect::Abort && matches!(s.ring, Ring::Disconnecting(h) if h != Disconnect::Abort);
+                    let escalates = *how == Disconnect::Abort
+                        && matches!(s.ring, Ring::Disconnecting(h) if h != Disconnect::Abort);
                     let up = matches!(s.ring, Ring::Up(_) | Ring::Broken(_));
                     rule(up || escalates, "a ring is disconnected that is not there")?;
-                    rule((*how == Disconnect::HandOver) == s.stopping || escalates, "a ring is left or drained wrongly")?;
+                    rule(
+                        (*how == Disconnect::HandOver) == s.stopping || escalates,
+                        "a ring is left or drained wrongly",
+                    )?;
                     s.ring = Ring::Disconnecting(*how);
                 }
                 Action::ArmTimer(timer) => {
@@ -587,7 +599,10 @@ impl Model {
                 Action::CancelTimer(timer) => s.timers &= !(1 << *timer as u8),
                 Action::Report(_) => {}
                 Action::Forget => {
-                    rule(idle && s.publication == 0 && s.timers == 0, "a vbd is forgotten that holds something")?;
+                    rule(
+                        idle && s.publication == 0 && s.timers == 0,
+                        "a vbd is forgotten that holds something",
+                    )?;
                     rule(!s.reading, "a vbd is forgotten while it is read")?;
                     s.vbd = 0;
                     s.spoke = false;
