@@ -286,8 +286,10 @@ impl Vbd {
         };
         match result {
             Ok(geometry) => {
+                if self.setback.as_ref().is_some_and(|it| matches!(it.what, Attempt::Open(_))) {
+                    self.setback = None;
+                }
                 self.image = Image::Open(request, geometry);
-                self.setback = None;
             }
             Err(text) => self.failed(Attempt::Open(request), bounded(&text), None, true),
         }

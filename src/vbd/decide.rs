@@ -76,10 +76,12 @@ impl Vbd {
             serving.seen_closing |= view.fe == Front::Closing;
         }
         if matches!(view.fe, Front::Closed | Front::Gone) {
-            // The next handshake deserves a fresh attempt.
             self.heir = false;
-            self.setback = None;
-            self.disarm(Timer::Retry, actions);
+            if view.be == CLOSED {
+                // The next handshake deserves a fresh attempt. Not before our 6: it may be the failure that leads there.
+                self.setback = None;
+                self.disarm(Timer::Retry, actions);
+            }
         }
         if view.online || view.be != CLOSED {
             self.disarm(Timer::Linger, actions);
@@ -202,10 +204,7 @@ impl Vbd {
             (Ok(_), Err(text)) => self.puzzled(text, actions),
             (Ok(plan), Ok(device)) => match &device.request {
                 None => Way::Refuse("there is no medium in the drive".to_owned(), None),
-                Some(request) => match self.open(request, view, actions) {
-                    Way::Clear => self.connect(plan, view, actions),
-                    other => other,
-                },
+                Some(request) => self.open_and_connect(request, plan, view, actions),
             },
         };
         if let Way::Refuse(text, misdeed) = way {
@@ -241,9 +240,26 @@ impl Vbd {
         }
         if let (Ok(plan), Ok(device)) = (&view.ring, &view.device)
             && let Some(request) = &device.request
-            && let Way::Clear = self.open(request, view, actions)
         {
-            self.connect(plan, view, actions);
+            self.open_and_connect(request, plan, view, actions);
+        }
+    }
+
+    /// Towards a ring. One that is known to be hopeless is refused before the image is opened for it.
+    fn open_and_connect(
+        &mut self,
+        request: &OpenRequest,
+        plan: &RingPlan,
+        view: &View,
+        actions: &mut Actions,
+    ) -> Way {
+        let attempt = Attempt::Connect(plan.clone());
+        if let Some(setback) = self.hopeless(&attempt, true) {
+            return Way::Refuse(setback.text.clone(), setback.misdeed.clone());
+        }
+        match self.open(request, view, actions) {
+            Way::Clear => self.connect(plan, view, actions),
+            other => other,
         }
     }
 
@@ -303,22 +319,17 @@ impl Vbd {
         }
     }
 
-    /// Whether an attempt may be made, now, later, or not any more. A disk that a guest relies on is not given up for an
-    /// image that is missing at the moment: its I/O waits.
+    /// Whether an attempt may be made, now, later, or not any more.
     fn again(&mut self, attempt: &Attempt, may_pass: bool, actions: &mut Actions) -> Way {
-        let relied_on = self.heir && matches!(attempt, Attempt::Open(_));
+        if let Some(setback) = self.hopeless(attempt, may_pass) {
+            return Way::Refuse(setback.text.clone(), setback.misdeed.clone());
+        }
         let Some(setback) = self.setback.as_mut().filter(|setback| setback.what == *attempt) else {
-            self.setback = None;
-            self.disarm(Timer::Retry, actions);
             return Way::Clear;
         };
         if setback.ready {
             setback.ready = false;
             return Way::Clear;
-        }
-        let patient = may_pass && setback.may_pass && setback.attempts < self.config.attempts;
-        if !relied_on && !patient {
-            return Way::Refuse(setback.text.clone(), setback.misdeed.clone());
         }
         let text = setback.text.clone();
         if self.alarm(Timer::Retry) == Alarm::Off {
@@ -326,6 +337,15 @@ impl Vbd {
             self.arm(Timer::Retry, actions);
         }
         Way::Wait
+    }
+
+    /// The setback that forbids an attempt, if one does. A disk that a guest relies on is not given up for an image that
+    /// is missing at the moment: its I/O waits.
+    fn hopeless(&self, attempt: &Attempt, may_pass: bool) -> Option<&Setback> {
+        let setback = self.setback.as_ref().filter(|setback| setback.what == *attempt)?;
+        let relied_on = self.heir && matches!(attempt, Attempt::Open(_));
+        let patient = may_pass && setback.may_pass && setback.attempts < self.config.attempts;
+        (!setback.ready && !relied_on && !patient).then_some(setback)
     }
 
     /// The toolstack's nodes make no sense. That closes a new device, and not one that a guest relies on.
@@ -356,7 +376,9 @@ impl Vbd {
             return;
         }
         let text = super::bounded(text);
-        if (view.be == CLOSED && publish::says_error(world, &text)) || !self.may_publish(view) {
+        // What a guest does to a device that is refused already does not replace the reason.
+        let said = publish::says_error(world, &text) || (misdeed.is_some() && publish::has_error(world));
+        if (view.be == CLOSED && said) || !self.may_publish(view) {
             return;
         }
         actions.push(Action::Report(match misdeed {

@@ -6,7 +6,7 @@ use crate::model::Happening;
 
 /// What is wrong with the vbd under test.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Fault {
+pub(crate) enum Fault {
     /// Nothing.
     None,
     /// Publications do not compare the backend's state.
@@ -36,7 +36,7 @@ pub enum Fault {
 }
 
 impl Fault {
-    pub const ALL: [Fault; 12] = [
+    pub(crate) const ALL: [Fault; 12] = [
         Fault::NoStateGuard,
         Fault::NoFrontendGuard,
         Fault::SkipsTwo,
@@ -53,7 +53,7 @@ impl Fault {
 }
 
 /// Bends what the vbd has answered to `happening`.
-pub fn plant(fault: Fault, vbd: &mut Vbd, happening: Happening, actions: &mut Actions) {
+pub(crate) fn plant(fault: Fault, vbd: &mut Vbd, happening: Happening, actions: &mut Actions) {
     match fault {
         Fault::None => {}
         Fault::NoStateGuard => each_publication(actions, |it| {

@@ -17,7 +17,7 @@ const GUEST: DomainId = 7;
 
 /// The daemon's image.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum Image {
+pub(crate) enum Image {
     Closed,
     Opening,
     Open,
@@ -26,7 +26,7 @@ pub enum Image {
 
 /// The daemon's ring.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum Ring {
+pub(crate) enum Ring {
     Down,
     Connecting(RingNodes),
     Up(RingNodes),
@@ -36,28 +36,28 @@ pub enum Ring {
 
 /// Everything. `vbd`, `publication`: 0 for none.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct State {
-    pub vbd: u32,
-    pub store: Store,
+pub(crate) struct State {
+    pub(crate) vbd: u32,
+    pub(crate) store: Store,
     /// A watch event that the daemon has not taken yet.
-    pub changed: bool,
-    pub reading: bool,
+    pub(crate) changed: bool,
+    pub(crate) reading: bool,
     /// A read that is half done: the states are from then.
-    pub states: Option<Store>,
-    pub image: Image,
-    pub ring: Ring,
-    pub publication: u32,
-    pub timers: u8,
-    pub stopping: bool,
+    pub(crate) states: Option<Store>,
+    pub(crate) image: Image,
+    pub(crate) ring: Ring,
+    pub(crate) publication: u32,
+    pub(crate) timers: u8,
+    pub(crate) stopping: bool,
     /// The linger timer ran out while 6 was visible.
-    pub lingered: bool,
+    pub(crate) lingered: bool,
     /// This life of the daemon published 2 or 4 here, connected a ring, or saw the frontend without one: no ring is a predecessor's.
-    pub spoke: bool,
+    pub(crate) spoke: bool,
 }
 
 /// A step's name, for traces.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Label {
+pub(crate) enum Label {
     Start,
     Deliver,
     ReadStates,
@@ -89,24 +89,24 @@ pub enum Label {
 
 /// What the environment may do.
 #[derive(Clone, Copy, Debug)]
-pub struct Freedom {
+pub(crate) struct Freedom {
     /// A hotplug script of the toolstack's exists.
-    pub script: bool,
+    pub(crate) script: bool,
     /// Reads take their states before the rest.
-    pub torn_reads: bool,
+    pub(crate) torn_reads: bool,
     /// The daemon is stopped and killed.
-    pub restarts: bool,
+    pub(crate) restarts: bool,
     /// What of the host fails: opens, connects, publications.
-    pub failures: bool,
+    pub(crate) failures: bool,
     /// The states that the frontend writes.
-    pub frontend_states: &'static [u8],
+    pub(crate) frontend_states: &'static [u8],
     /// The rings that it describes.
-    pub rings: &'static [RingNodes],
+    pub(crate) rings: &'static [RingNodes],
 }
 
 /// An event, as small as it can be.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum Happening {
+pub(crate) enum Happening {
     Changed,
     World(Store, Option<Store>),
     Published,
@@ -137,24 +137,27 @@ enum Writing {
     Removal(Vec<vbdd::vbd::Guard>),
 }
 
-pub struct Model {
-    pub config: Config,
-    pub freedom: Freedom,
-    pub texts: Texts,
+pub(crate) struct Model {
+    pub(crate) config: Config,
+    pub(crate) freedom: Freedom,
+    pub(crate) texts: Texts,
     fault: Fault,
     vbds: Numbered<Vbd>,
     writings: Numbered<Writing>,
-    memo: HashMap<(u32, Happening), (u32, Rc<Vec<Act>>)>,
+    memo: HashMap<(u32, Happening), Answer>,
 }
 
 type Outcome = Result<State, String>;
+
+/// The vbd after an event, and what it wants done.
+type Answer = (u32, Rc<Vec<Act>>);
 
 fn rule(holds: bool, text: &str) -> Result<(), String> {
     if holds { Ok(()) } else { Err(text.to_owned()) }
 }
 
 impl Model {
-    pub fn new(place: Place, script: Script, freedom: Freedom, fault: Fault) -> Model {
+    pub(crate) fn new(place: Place, script: Script, freedom: Freedom, fault: Fault) -> Model {
         let mut config = Config::new(3, place);
         config.script = script;
         config.attempts = 2;
@@ -179,7 +182,7 @@ impl Model {
         }
     }
 
-    pub fn start(&self) -> State {
+    pub(crate) fn start(&self) -> State {
         State {
             vbd: 0,
             store: Store { backend: None, frontend: None },
@@ -196,16 +199,16 @@ impl Model {
         }
     }
 
-    pub fn vbd(&self, state: &State) -> Option<&Vbd> {
+    pub(crate) fn vbd(&self, state: &State) -> Option<&Vbd> {
         state.vbd.checked_sub(1).map(|at| &self.vbds.values[at as usize])
     }
 
-    pub fn distinct_vbds(&self) -> usize {
+    pub(crate) fn distinct_vbds(&self) -> usize {
         self.vbds.values.len()
     }
 
     /// Every step from here.
-    pub fn steps(&mut self, state: &State, out: &mut Vec<(Label, Outcome)>) {
+    pub(crate) fn steps(&mut self, state: &State, out: &mut Vec<(Label, Outcome)>) {
         out.clear();
         self.answers(state, true, out);
         self.toolstack(state, out);
@@ -219,10 +222,31 @@ impl Model {
     }
 
     /// The one step that a world takes which leaves the vbd alone: what is outstanding is answered, and well.
-    pub fn quiet_step(&mut self, state: &State) -> Option<(Label, Outcome)> {
+    pub(crate) fn quiet_step(&mut self, state: &State) -> Option<(Label, Outcome)> {
         let mut out = Vec::new();
         self.answers(state, false, &mut out);
         out.into_iter().next()
+    }
+
+    /// The same of a world in which every open and every connect fails for good, and no retry is due yet.
+    pub(crate) fn failing_step(&mut self, state: &State) -> Option<(Label, Outcome)> {
+        let mut out = Vec::new();
+        self.answers(state, true, &mut out);
+        let failing = out.iter().position(|(label, _)| matches!(label, Label::OpenFails | Label::ConnectBad));
+        let honest = |label: &Label| {
+            !matches!(
+                label,
+                Label::CommitUnknown
+                    | Label::PublishFails
+                    | Label::RingBreaks
+                    | Label::OpenOk
+                    | Label::Connected
+                    | Label::ConnectFails
+                    | Label::Fire(Timer::Retry | Timer::Republish)
+            )
+        };
+        let at = failing.or_else(|| out.iter().position(|(label, _)| honest(label)))?;
+        Some(out.swap_remove(at))
     }
 
     fn reborn(state: &State) -> State {

@@ -7,18 +7,18 @@ use vbdd::vbd::{Guard, Key, Node, Publication, Side, World, keys};
 
 /// The backend directory. `error` and `hotplug` are 0 for a missing node, else an index of a text.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct Backend {
-    pub state: u8,
-    pub online: bool,
-    pub sized: bool,
-    pub error: u8,
-    pub hotplug: u8,
-    pub hotplug_error: u8,
+pub(crate) struct Backend {
+    pub(crate) state: u8,
+    pub(crate) online: bool,
+    pub(crate) sized: bool,
+    pub(crate) error: u8,
+    pub(crate) hotplug: u8,
+    pub(crate) hotplug_error: u8,
 }
 
 /// What the guest's ring nodes say.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum RingNodes {
+pub(crate) enum RingNodes {
     None,
     A,
     B,
@@ -27,29 +27,29 @@ pub enum RingNodes {
 
 /// The frontend directory. State 0 is junk.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct Frontend {
-    pub state: u8,
-    pub ring: RingNodes,
+pub(crate) struct Frontend {
+    pub(crate) state: u8,
+    pub(crate) ring: RingNodes,
 }
 
 /// A moment of both.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct Store {
-    pub backend: Option<Backend>,
-    pub frontend: Option<Frontend>,
+pub(crate) struct Store {
+    pub(crate) backend: Option<Backend>,
+    pub(crate) frontend: Option<Frontend>,
 }
 
-pub const NEW_BACKEND: Backend =
+pub(crate) const NEW_BACKEND: Backend =
     Backend { state: 1, online: true, sized: false, error: 0, hotplug: 0, hotplug_error: 0 };
 
 /// Index of the text "connected" in [`Texts`].
-pub const HOTPLUG_CONNECTED: u8 = 1;
+pub(crate) const HOTPLUG_CONNECTED: u8 = 1;
 
 /// Texts that were written, by number.
-pub struct Texts(Vec<String>);
+pub(crate) struct Texts(Vec<String>);
 
 impl Texts {
-    pub fn new() -> Texts {
+    pub(crate) fn new() -> Texts {
         Texts(vec![String::new(), "connected".to_owned()])
     }
 
@@ -72,14 +72,14 @@ fn present(text: &str) -> Node {
 
 impl Store {
     /// A node as a read of this moment would find it. `script`: the toolstack named one.
-    pub fn node(&self, key: &Key, script: bool, texts: &Texts) -> Node {
+    pub(crate) fn node(&self, key: &Key, script: bool, texts: &Texts) -> Node {
         match key.side {
             Side::Backend => self.backend.map_or(Node::Missing, |it| it.node(&key.name, script, texts)),
             Side::Frontend => self.frontend.map_or(Node::Missing, |it| it.node(&key.name)),
         }
     }
 
-    pub fn world(&self, script: bool, texts: &Texts) -> World {
+    pub(crate) fn world(&self, script: bool, texts: &Texts) -> World {
         let mut world = World::new();
         for key in keys() {
             let node = self.node(&key, script, texts);
@@ -89,7 +89,7 @@ impl Store {
     }
 
     /// What a read finds that took the states from `states`, and the other nodes from `self`.
-    pub fn torn_world(&self, states: &Store, script: bool, texts: &Texts) -> World {
+    pub(crate) fn torn_world(&self, states: &Store, script: bool, texts: &Texts) -> World {
         let mut world = self.world(script, texts);
         for side in [Side::Frontend, Side::Backend] {
             let key = Key { side, name: Cow::Borrowed("state") };
@@ -99,12 +99,12 @@ impl Store {
         world
     }
 
-    pub fn holds(&self, guards: &[Guard], script: bool, texts: &Texts) -> bool {
+    pub(crate) fn holds(&self, guards: &[Guard], script: bool, texts: &Texts) -> bool {
         guards.iter().all(|guard| self.node(&guard.key, script, texts) == guard.expected)
     }
 
     /// The backend directory after a publication. Writes make a directory that is missing, as xenstore does.
-    pub fn apply(&self, publication: &Publication, texts: &mut Texts) -> Backend {
+    pub(crate) fn apply(&self, publication: &Publication, texts: &mut Texts) -> Backend {
         let lost = Backend { state: 0, online: true, sized: false, error: 0, hotplug: 0, hotplug_error: 0 };
         let mut it = self.backend.unwrap_or(lost);
         for name in &publication.removals {
@@ -173,17 +173,17 @@ impl Frontend {
 }
 
 /// Gives small numbers to values.
-pub struct Numbered<T> {
-    pub values: Vec<T>,
+pub(crate) struct Numbered<T> {
+    pub(crate) values: Vec<T>,
     numbers: HashMap<T, u32>,
 }
 
 impl<T: Clone + Eq + std::hash::Hash> Numbered<T> {
-    pub fn new() -> Numbered<T> {
+    pub(crate) fn new() -> Numbered<T> {
         Numbered { values: Vec::new(), numbers: HashMap::new() }
     }
 
-    pub fn number(&mut self, value: T) -> u32 {
+    pub(crate) fn number(&mut self, value: T) -> u32 {
         if let Some(number) = self.numbers.get(&value) {
             return *number;
         }
@@ -195,7 +195,7 @@ impl<T: Clone + Eq + std::hash::Hash> Numbered<T> {
 }
 
 impl Store {
-    pub fn backend_of(store: &Store) -> Option<Backend> {
+    pub(crate) fn backend_of(store: &Store) -> Option<Backend> {
         store.backend
     }
 }
