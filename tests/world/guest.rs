@@ -28,6 +28,8 @@ pub struct Habits {
     pub ring_pages: usize,
     /// Requests of each queue until it rests.
     pub requests: u32,
+    /// Pages of each queue for data.
+    pub frames: usize,
     /// Most requests in flight in each queue.
     pub depth: u32,
     /// Segments of a request, at most.
@@ -48,6 +50,7 @@ impl Habits {
             abi: Abi::X86_64,
             ring_pages: 1,
             requests: 100,
+            frames: 64,
             depth: 32,
             segments_max: 11,
             reads: 6,
@@ -102,7 +105,7 @@ pub struct SaneGuest {
 
 impl SaneGuest {
     pub fn new(shared: &Shared, habits: Habits) -> SaneGuest {
-        let frames = habits.ring_pages + 64;
+        let frames = habits.ring_pages + habits.frames;
         let mut xen = shared.xen.borrow_mut();
         let memory = xen.create_domain(habits.domain, habits.queues * frames);
         let queues = (0..habits.queues).map(|n| {
@@ -143,6 +146,9 @@ impl SaneGuest {
 
     fn act_on(&mut self, n: usize, shared: &Shared) -> bool {
         let queue = &mut self.queues[n];
+        if shared.stop_sending.get() {
+            queue.left = 0;
+        }
         if queue.owes_event && shared.chance(3, 4) {
             queue.owes_event = false;
             shared.xen.borrow_mut().guest_notify(self.habits.domain, queue.port);
@@ -379,6 +385,10 @@ impl Actor for SaneGuest {
         let count = self.queues.len();
         let start = shared.index(count);
         (0..count).any(|n| self.act_on((start + n) % count, shared))
+    }
+
+    fn domain(&self) -> u16 {
+        self.habits.domain
     }
 
     fn finished(&self) -> bool {

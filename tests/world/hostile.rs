@@ -152,6 +152,10 @@ impl Actor for HostileGuest {
         false
     }
 
+    fn domain(&self) -> u16 {
+        self.domain
+    }
+
     fn finished(&self) -> bool {
         true
     }

@@ -4,7 +4,7 @@
 //! written back; an event while masked is kept and delivered then; a fresh binding is pending at once; a closed port's
 //! number is used again by the next binding.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
 
 use vbdd::hypervisor::{
@@ -31,6 +31,8 @@ struct Remote {
 struct Domain {
     memory: Rc<GuestMemory>,
     grants: BTreeMap<GrantRef, Grant>,
+    grants_free: BTreeSet<GrantRef>,
+    grants_made: u32,
     remotes: BTreeMap<u32, Remote>,
 }
 
@@ -55,7 +57,8 @@ pub struct FailedCopy {
 #[derive(Debug, Default)]
 pub struct Xen {
     domains: BTreeMap<DomainId, Domain>,
-    mappings: BTreeMap<u32, (usize, usize)>,
+    /// Rings that are mapped: whose, where, how long.
+    mappings: BTreeMap<u32, (DomainId, usize, usize)>,
     mappings_made: u32,
     locals: BTreeMap<u32, Local>,
     delivered: VecDeque<u32>,
@@ -63,6 +66,8 @@ pub struct Xen {
     pub copies: BTreeMap<DomainId, u64>,
     /// Segments of the batches that were made to fail.
     pub failed_copies: Vec<FailedCopy>,
+    /// Domains whose queues were aborted: nothing more may be copied.
+    pub aborted: BTreeSet<DomainId>,
     /// The next calls of `map` and `bind` fail for the system's own reason.
     pub fail_map: u32,
     pub fail_bind: u32,
@@ -71,7 +76,13 @@ pub struct Xen {
 impl Xen {
     pub fn create_domain(&mut self, domain: DomainId, pages: usize) -> Rc<GuestMemory> {
         let memory = Rc::new(GuestMemory::new(pages));
-        let new = Domain { memory: memory.clone(), grants: BTreeMap::new(), remotes: BTreeMap::new() };
+        let new = Domain {
+            memory: memory.clone(),
+            grants: BTreeMap::new(),
+            grants_free: BTreeSet::new(),
+            grants_made: 0,
+            remotes: BTreeMap::new(),
+        };
         assert!(self.domains.insert(domain, new).is_none());
         memory
     }
@@ -87,17 +98,20 @@ impl Xen {
 
     pub fn grant(&mut self, domain: DomainId, frame: usize, read_only: bool) -> GrantRef {
         let Some(owner) = self.domains.get_mut(&domain) else { return 0 };
-        let mut free = 8;
-        while owner.grants.contains_key(&free) {
-            free += 1;
-        }
+        let fresh = owner.grants_made + 8;
+        let free = owner.grants_free.pop_first().unwrap_or_else(|| {
+            owner.grants_made += 1;
+            fresh
+        });
         owner.grants.insert(free, Grant { frame, read_only });
         free
     }
 
     pub fn revoke(&mut self, domain: DomainId, grant: GrantRef) {
         if let Some(owner) = self.domains.get_mut(&domain) {
-            owner.grants.remove(&grant);
+            if owner.grants.remove(&grant).is_some() {
+                owner.grants_free.insert(grant);
+            }
         }
     }
 
@@ -140,7 +154,7 @@ impl Xen {
 
     /// The process is gone: the kernel closes its ports and unmaps what it had mapped.
     pub fn process_died(&mut self) {
-        for (address, length) in std::mem::take(&mut self.mappings).into_values() {
+        for (_, address, length) in std::mem::take(&mut self.mappings).into_values() {
             memory::unmap(address as *mut u8, length);
         }
         for local in std::mem::take(&mut self.locals).into_values() {
@@ -158,6 +172,10 @@ impl Xen {
         }
     }
 
+    pub fn maps_of(&self, domain: DomainId) -> usize {
+        self.mappings.values().filter(|(owner, ..)| *owner == domain).count()
+    }
+
     /// Rings mapped, ports bound.
     pub fn held(&self) -> (usize, usize) {
         (self.mappings.len(), self.locals.len())
@@ -167,6 +185,9 @@ impl Xen {
         let (offset, length) = (usize::from(segment.offset_bytes), segment.local.length_bytes() as usize);
         if offset + length > PAGE || length == 0 {
             return Err(format!("a copy crosses its page: {segment:?}"));
+        }
+        if self.aborted.contains(&segment.domain) {
+            return Err(format!("a copy for a queue that was aborted: {segment:?}"));
         }
         *self.copies.entry(segment.domain).or_default() += 1;
         let Some(owner) = self.domains.get(&segment.domain) else { return Ok(false) };
@@ -214,7 +235,7 @@ impl Hypervisor for SimXen {
         let address = owner.memory.map_again(&frames);
         let (id, length_bytes) = (xen.mappings_made, frames.len() * PAGE);
         xen.mappings_made += 1;
-        xen.mappings.insert(id, (address as usize, length_bytes));
+        xen.mappings.insert(id, (domain, address as usize, length_bytes));
         Ok(RingMapping { id, address, length_bytes })
     }
 
@@ -224,7 +245,7 @@ impl Hypervisor for SimXen {
             return;
         }
         match self.xen().mappings.remove(&mapping.id) {
-            Some((address, length)) => memory::unmap(address as *mut u8, length),
+            Some((_, address, length)) => memory::unmap(address as *mut u8, length),
             None => self.0.fail(format!("unmapped twice: {mapping:?}")),
         }
     }

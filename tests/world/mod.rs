@@ -92,6 +92,8 @@ pub trait Actor {
     fn act(&mut self, shared: &Shared) -> bool;
     /// Has nothing more to do and waits for nothing.
     fn finished(&self) -> bool;
+    /// Its domain, while it lives.
+    fn domain(&self) -> u16;
     /// What it waits for, for the report of a stuck world.
     fn describe(&self) -> String;
     /// When it will act though nothing happens.
@@ -112,6 +114,8 @@ pub struct Shared {
     pub plant: Cell<Plant>,
     /// Guests run while the backend is inside a call.
     pub preempt: Cell<bool>,
+    /// Sane guests send nothing more.
+    pub stop_sending: Cell<bool>,
     /// The backend dies when it makes this many more calls.
     pub countdown: Cell<Option<u64>>,
     /// Calls of the backend since the world began.
@@ -133,6 +137,7 @@ impl Shared {
             faults: Cell::new(Faults { latency_us_max: 500, ..Faults::default() }),
             plant: Cell::default(),
             preempt: Cell::new(true),
+            stop_sending: Cell::new(false),
             countdown: Cell::new(None),
             calls: Cell::new(0),
             trace: Cell::new(seed),

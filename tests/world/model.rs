@@ -40,6 +40,8 @@ struct Known {
     /// Stamps that may survive power loss, oldest first.
     survivors: Vec<u64>,
     writing: bool,
+    /// The last read that began before the last write was answered: it may have seen what was there before.
+    read_before: u64,
 }
 
 /// The sectors that a flush will have made durable: sector, and the newest write that it covers.
@@ -61,7 +63,7 @@ pub struct DiskModel {
 
 impl DiskModel {
     pub fn new(image: usize, sectors: usize, read_only: bool) -> DiskModel {
-        let known = Known { now: vec![0], survivors: vec![0], writing: false };
+        let known = Known { now: vec![0], survivors: vec![0], writing: false, read_before: 0 };
         DiskModel {
             image,
             read_only,
@@ -107,8 +109,10 @@ impl DiskModel {
 
     /// A write was answered. After an error each sector may hold the old or the new.
     pub fn write_ends(&mut self, sector: u64, count: u64, first: u64, okay: bool) {
+        let reads_begun = self.reads_begun;
         for (n, known) in self.range(sector, count).iter_mut().enumerate() {
             known.writing = false;
+            known.read_before = reads_begun;
             if okay {
                 known.now = vec![first + n as u64];
             }
@@ -136,7 +140,7 @@ impl DiskModel {
                 Some(stamp) if allowed.contains(&stamp) => {
                     let known = &mut self.sectors[sector as usize];
                     // What a failed write left is known once it was read.
-                    if !known.writing && known.now.contains(&stamp) {
+                    if !known.writing && read > known.read_before && known.now.contains(&stamp) {
                         known.now = vec![stamp];
                     }
                 }

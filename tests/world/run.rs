@@ -132,7 +132,8 @@ impl World {
     /// Closes every queue, waits for it, detaches it, and checks that nothing is left over.
     pub fn close(&mut self) -> Result<(), String> {
         for at in 0..self.backend.lines.len() {
-            if let Some(queue) = self.backend.lines[at].queue {
+            let line = &self.backend.lines[at];
+            if let (Some(queue), false) = (line.queue, line.drained) {
                 self.backend.with(|pump| pump.close(queue));
             }
         }
@@ -145,6 +146,23 @@ impl World {
             return Err("a journal is left over".to_owned());
         }
         self.backend.check_empty()
+    }
+
+    /// The domain of a vbd dies, and its queues are aborted. No copy may touch the domain from then on.
+    pub fn destroy(&mut self, vbd: usize) {
+        let domain = self.backend.vbds[vbd].rings[0].domain;
+        self.shared.guests.borrow_mut().retain(|guest| guest.domain() != domain);
+        self.shared.xen.borrow_mut().destroy_domain(domain);
+        for at in 0..self.backend.lines.len() {
+            if let (true, Some(queue)) = (self.backend.lines[at].vbd == vbd, self.backend.lines[at].queue) {
+                self.backend.with(|pump| pump.abort(queue));
+            }
+        }
+        let mut xen = self.shared.xen.borrow_mut();
+        xen.aborted.insert(domain);
+        if xen.maps_of(domain) > 0 {
+            self.shared.fail("an aborted queue keeps the guest's pages");
+        }
     }
 
     /// Runs until every attached queue is drained.
@@ -207,6 +225,7 @@ pub fn sane_world(seed: u64, requests: u32) -> World {
             abi,
             ring_pages: 1 << shared.below(3),
             requests,
+            frames: [40, 360][shared.index(2)],
             depth: [1, 4, 32, 128][shared.index(4)],
             segments_max: 1 + shared.below(11),
             reads: shared.below(12),

@@ -32,6 +32,9 @@ pub struct File {
     cached: BTreeMap<usize, Vec<Version>>,
     /// Versions that a failed flush dropped from the cache: visible, and not to be made durable by a later flush.
     forgotten: BTreeMap<usize, Vec<Sector>>,
+    /// Writes with a `Done` that was taken, and that no flush has covered yet.
+    taken: BTreeSet<u64>,
+    taken_last: u64,
 }
 
 #[derive(Debug)]
@@ -61,9 +64,6 @@ pub struct Media {
     pub images: Vec<File>,
     queued: Vec<Running>,
     running: Vec<Running>,
-    /// Writes with a `Done` that was taken, and that no flush has covered yet.
-    taken: BTreeSet<u64>,
-    taken_last: u64,
     numbers: u64,
     pub injected: Vec<Injected>,
     pub flush_failed: Vec<usize>,
@@ -84,6 +84,8 @@ impl Media {
             durable: content,
             cached: BTreeMap::new(),
             forgotten: BTreeMap::new(),
+            taken: BTreeSet::new(),
+            taken_last: 0,
         });
         self.images.len() - 1
     }
@@ -114,8 +116,9 @@ impl Media {
             }
         }
         // Every write that landed is finished now: a later flush covers it.
-        let landed = self.images.iter().flat_map(|image| image.cached.values().flatten());
-        self.taken = landed.map(|version| version.write).collect();
+        for image in &mut self.images {
+            image.taken = image.cached.values().flatten().map(|version| version.write).collect();
+        }
         self.injected.iter_mut().for_each(|error| error.certain = false);
     }
 
@@ -176,7 +179,7 @@ impl Media {
             }
         }
         image.cached.retain(|_, versions| !versions.is_empty());
-        self.taken.retain(|write| !flush.covers.contains(write));
+        image.taken.retain(|write| !flush.covers.contains(write));
     }
 
     /// A flush failed: what it covered may be dropped from the cache for good.
@@ -346,9 +349,10 @@ impl Storage for SimStorage {
         media.numbers += 1;
         let number = media.numbers;
         let data = if io.kind == IoKind::Write { self.pool.bytes(io.span).to_vec() } else { Vec::new() };
-        let mut covers = if io.kind == IoKind::Flush { media.taken.clone() } else { BTreeSet::new() };
+        let mut covers =
+            if io.kind == IoKind::Flush { media.images[image].taken.clone() } else { BTreeSet::new() };
         if self.shared.plant.get() == Plant::FlushSkipsLast {
-            covers.remove(&media.taken_last);
+            covers.remove(&media.images[image].taken_last);
         }
         let mut io = io;
         if self.shared.plant.get() == Plant::WriteMisplaced && io.kind == IoKind::Write && end < 64 * SECTOR {
@@ -395,8 +399,9 @@ impl Storage for SimStorage {
         let result = self.finish(&one);
         if one.io.kind == IoKind::Write {
             let mut media = self.shared.media.borrow_mut();
-            media.taken.insert(one.number);
-            media.taken_last = one.number;
+            let image = &mut media.images[one.image];
+            image.taken.insert(one.number);
+            image.taken_last = one.number;
         }
         self.shared.note("ended", one.io.offset_bytes, u64::from(result.is_ok()));
         Some(Done { token: one.io.token, result })
