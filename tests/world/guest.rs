@@ -151,6 +151,7 @@ impl SaneGuest {
         }
         if queue.owes_event && shared.chance(3, 4) {
             queue.owes_event = false;
+            shared.note("event sent", self.habits.domain.into(), n as u64);
             shared.xen.borrow_mut().guest_notify(self.habits.domain, queue.port);
             return true;
         }
@@ -172,7 +173,9 @@ impl SaneGuest {
             if shared.chance(1, 16) {
                 self.queues[n].sleeps_until = shared.clock.now_us() + shared.below(2000);
             }
-            return self.send_some(n, shared);
+            if self.send_some(n, shared) {
+                return true;
+            }
         }
         std::mem::take(&mut self.queues[n].owes_event) && {
             shared.xen.borrow_mut().guest_notify(self.habits.domain, self.queues[n].port);
@@ -192,7 +195,9 @@ impl SaneGuest {
             sent |= self.send(n, shared);
         }
         let queue = &mut self.queues[n];
-        if queue.front.publish() {
+        let wanted = queue.front.publish();
+        shared.note("published", self.habits.domain.into(), (n as u64) << 1 | u64::from(wanted));
+        if wanted {
             queue.owes_event = true;
         }
         sent
@@ -311,7 +316,7 @@ impl SaneGuest {
             }
             Want::Flush { .. } => {}
         }
-        let cause = self.cause(pending, model.image, shared);
+        let cause = self.cause(pending, model.image, okay, shared);
         match (status, cause) {
             (0, Some(true)) => Err("though it was made to fail".to_owned()),
             (0, _) | (-1, Some(_)) => Ok(()),
@@ -334,7 +339,7 @@ impl SaneGuest {
     }
 
     /// The injected failure that hit this request: certain, possible, or none.
-    fn cause(&self, pending: &Pending, image: usize, shared: &Shared) -> Option<bool> {
+    fn cause(&self, pending: &Pending, image: usize, okay: bool, shared: &Shared) -> Option<bool> {
         let mut cause = None;
         let mut xen = shared.xen.borrow_mut();
         xen.failed_copies.retain(|failed| {
@@ -351,7 +356,8 @@ impl SaneGuest {
             Want::Flush { .. } | Want::Odd => IoKind::Flush,
         };
         let mut media = shared.media.borrow_mut();
-        if kind != IoKind::Flush {
+        // Two reads of one place may be in flight: a failure belongs to the one that says so.
+        if kind == IoKind::Write || (kind == IoKind::Read && !okay) {
             let offset = pending.sector * 512;
             let hit = media
                 .injected
@@ -359,8 +365,7 @@ impl SaneGuest {
                 .position(|error| (error.image, error.kind, error.offset_bytes) == (image, kind, offset));
             if let Some(at) = hit {
                 let error = media.injected.remove(at);
-                // Two reads of one place may be in flight: which of them failed cannot be told.
-                cause = Some((error.certain && kind == IoKind::Write) || cause == Some(true));
+                cause = Some(error.certain || cause == Some(true));
             }
         }
         let flushes = matches!(pending.want, Want::Flush { .. } | Want::FlushWrite { .. });
@@ -396,9 +401,16 @@ impl Actor for SaneGuest {
     }
 
     fn describe(&self) -> String {
-        let queue =
-            |queue: &GuestQueue| format!("{} to send, waits for {:?}", queue.left, queue.pending.keys());
-        let queues: Vec<String> = self.queues.iter().map(queue).collect();
+        let frames = self.habits.ring_pages + self.habits.frames;
+        let queue = |(n, queue): (usize, &GuestQueue)| {
+            let mut head = [0; 16];
+            self.memory.read(n * frames, 0, &mut head);
+            let word = |word: &[u8; 4]| u32::from_le_bytes(*word);
+            let indices: Vec<u32> = head.as_chunks::<4>().0.iter().map(word).collect();
+            let (left, waits) = (queue.left, queue.pending.len());
+            format!("{left} to send, waits for {waits}, requests and responses {indices:?}")
+        };
+        let queues: Vec<String> = self.queues.iter().enumerate().map(queue).collect();
         format!("guest {}: {}", self.habits.domain, queues.join("; "))
     }
 

@@ -147,6 +147,10 @@ impl Xen {
         }
     }
 
+    pub fn describe_ports(&self) -> String {
+        format!("ports {:?}, delivered {:?}", self.locals, self.delivered)
+    }
+
     /// The event device is readable.
     pub fn readable(&self) -> bool {
         !self.delivered.is_empty()

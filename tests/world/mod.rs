@@ -120,6 +120,8 @@ pub struct Shared {
     pub countdown: Cell<Option<u64>>,
     /// Calls of the backend since the world began.
     pub calls: Cell<u64>,
+    /// `VBDD_TRACE` is set: everything noted is printed.
+    loud: bool,
     trace: Cell<u64>,
     rng: RefCell<Rng>,
     failure: RefCell<Option<String>>,
@@ -140,6 +142,7 @@ impl Shared {
             stop_sending: Cell::new(false),
             countdown: Cell::new(None),
             calls: Cell::new(0),
+            loud: std::env::var_os("VBDD_TRACE").is_some(),
             trace: Cell::new(seed),
             rng: RefCell::new(Rng::new(seed)),
             failure: RefCell::new(None),
@@ -165,6 +168,9 @@ impl Shared {
 
     /// Adds to the hash of what happened.
     pub fn note(&self, what: &str, a: u64, b: u64) {
+        if self.loud {
+            eprintln!("{:>9} {what} {a:#x} {b:#x}", self.clock.now_us());
+        }
         let mut hash = self.trace.get();
         for byte in what.bytes() {
             hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01B3);

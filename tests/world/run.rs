@@ -109,7 +109,15 @@ impl World {
         let guests = self.shared.guests.borrow();
         let guests: Vec<String> = guests.iter().map(|guest| guest.describe()).collect();
         let media = self.shared.media.borrow().in_flight();
-        format!("{}; {media} transfers in flight", guests.join("\n  "))
+        let unanswered = |line: &super::backend::Line| self.backend.pump.as_ref()?.unanswered(line.queue?).into();
+        let taken: Vec<Option<usize>> = self.backend.lines.iter().map(unanswered).collect();
+        let deadline = self.backend.pump.as_ref().and_then(|pump| pump.deadline());
+        format!(
+            "at {} us: {}; {media} transfers in flight; taken and not answered: {taken:?}; deadline {deadline:?}; {}",
+            self.shared.clock.now_us(),
+            guests.join("\n  "),
+            self.shared.xen.borrow().describe_ports()
+        )
     }
 
     /// Runs until every guest has what it wants; a process that dies has a successor at once.
