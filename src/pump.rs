@@ -225,6 +225,10 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         for (place, slot) in inherited {
             self.admit(id, place, &slot);
         }
+        if plan.resume {
+            // The predecessor may have died between publishing answers and announcing them.
+            self.hypervisor.notify(port);
+        }
         self.list(id);
         Ok(QueueId(id))
     }

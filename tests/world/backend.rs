@@ -253,6 +253,10 @@ impl Backend {
 
     /// Checks that a process without queues holds nothing.
     pub fn check_empty(&mut self) -> Result<(), String> {
+        self.shared.countdown.set(None);
+        if self.pump.is_none() {
+            assert!(self.start());
+        }
         for disk in std::mem::take(&mut self.disks) {
             self.with(|pump| pump.remove_disk(disk));
         }

@@ -109,7 +109,8 @@ impl World {
         let guests = self.shared.guests.borrow();
         let guests: Vec<String> = guests.iter().map(|guest| guest.describe()).collect();
         let media = self.shared.media.borrow().in_flight();
-        let unanswered = |line: &super::backend::Line| self.backend.pump.as_ref()?.unanswered(line.queue?).into();
+        let unanswered =
+            |line: &super::backend::Line| self.backend.pump.as_ref()?.unanswered(line.queue?).into();
         let taken: Vec<Option<usize>> = self.backend.lines.iter().map(unanswered).collect();
         let deadline = self.backend.pump.as_ref().and_then(|pump| pump.deadline());
         format!(
@@ -137,17 +138,24 @@ impl World {
         self.shared.check()
     }
 
-    /// Closes every queue, waits for it, detaches it, and checks that nothing is left over.
+    /// Closes every queue, waits for it, detaches it, and checks that nothing is left over. A process that dies of it has
+    /// a successor that goes on.
     pub fn close(&mut self) -> Result<(), String> {
-        for at in 0..self.backend.lines.len() {
-            let line = &self.backend.lines[at];
-            if let (Some(queue), false) = (line.queue, line.drained) {
-                self.backend.with(|pump| pump.close(queue));
+        while self.backend.lines.iter().any(|line| !line.gone) {
+            if self.backend.pump.is_none() && !self.backend.start() {
+                continue;
             }
-        }
-        self.wait_drained()?;
-        for at in 0..self.backend.lines.len() {
-            self.backend.detach(at, true);
+            self.shared.check()?;
+            for at in 0..self.backend.lines.len() {
+                let line = &self.backend.lines[at];
+                if let (Some(queue), false) = (line.queue, line.drained) {
+                    self.backend.with(|pump| pump.close(queue));
+                }
+            }
+            self.wait_drained()?;
+            for at in 0..self.backend.lines.len() {
+                self.backend.detach(at, true);
+            }
         }
         self.shared.check()?;
         if !self.shared.vault.borrow().names().is_empty() {
