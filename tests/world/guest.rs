@@ -32,6 +32,10 @@ pub struct Habits {
     pub frames: usize,
     /// Most requests in flight in each queue.
     pub depth: u32,
+    /// Segments of a request, at least.
+    pub segments_min: u64,
+    /// Every segment is a whole page.
+    pub whole_pages: bool,
     /// Segments of a request, at most.
     pub segments_max: u64,
     /// Numerators over 16: reads, flushes without and with data, operations that are not offered. The rest are writes.
@@ -52,6 +56,8 @@ impl Habits {
             requests: 100,
             frames: 64,
             depth: 32,
+            segments_min: 1,
+            whole_pages: false,
             segments_max: 11,
             reads: 6,
             flushes: 1,
@@ -218,11 +224,15 @@ impl SaneGuest {
         let (with_data, odd) = (falls(habits.flushes_with_data), falls(habits.odd));
         let is_read = reads || (model.read_only && !flushes && !odd);
         let queue = &mut self.queues[n];
-        let pages = if flushes || odd { 0 } else { 1 + shared.below(habits.segments_max) };
+        let pages = if flushes || odd {
+            0
+        } else {
+            { habits.segments_min + shared.below(habits.segments_max - habits.segments_min + 1) }
+        };
         if queue.free.len() < pages as usize {
             return false;
         }
-        let shape: Vec<(u8, u8)> = (0..pages).map(|_| shape_of_page(shared)).collect();
+        let shape: Vec<(u8, u8)> = (0..pages).map(|_| shape_of_page(habits.whole_pages, shared)).collect();
         let count: u64 = shape.iter().map(|(first, last)| u64::from(last - first) + 1).sum();
         let sector = shared.below(model.size() - count + 1);
         let (op, want) = if flushes {
@@ -377,8 +387,8 @@ impl SaneGuest {
 }
 
 /// Sectors within a page: mostly whole pages.
-fn shape_of_page(shared: &Shared) -> (u8, u8) {
-    if shared.chance(1, 2) {
+fn shape_of_page(whole: bool, shared: &Shared) -> (u8, u8) {
+    if whole || shared.chance(1, 2) {
         return (0, 7);
     }
     let first = shared.below(8);
