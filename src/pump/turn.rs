@@ -123,6 +123,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return };
         let disk_id = queue.disk;
         let Some(disk) = self.disks.get_mut(disk_id as usize).and_then(Option::as_mut) else { return };
+        let size_sectors = disk.image.geometry().sectors;
         let parsed = slot.parse().and_then(|request| request.check_range(size_sectors).map(|()| request));
         let request = match parsed {
             Ok(request) => request,
