@@ -8,6 +8,8 @@
 mod faults;
 #[path = "vbd_explore/model.rs"]
 mod model;
+#[path = "vbd_explore/rules.rs"]
+mod rules;
 #[path = "vbd_explore/store.rs"]
 mod store;
 
