@@ -53,6 +53,20 @@ impl Span {
         }
         Some(Span { address: self.address.wrapping_add(from as usize), length_bytes: length })
     }
+
+    /// Fills it with zeroes. For the owner of the transfer that the span belongs to.
+    pub(crate) fn zero(&self) {
+        // SAFETY: a span lies in an arena that is mapped for ever, or is empty; slices of an arena are borrowed from its
+        // pool, whose owner is the only caller.
+        unsafe { std::ptr::write_bytes(self.address, 0, self.length_bytes as usize) };
+    }
+
+    /// Copies the start of `other` over this, as much as both hold. For the owner of the transfer that they belong to.
+    pub(crate) fn copy_from(&self, other: &Span) {
+        let length = self.length_bytes.min(other.length_bytes) as usize;
+        // SAFETY: as in `zero`, for both; `copy` allows that they overlap.
+        unsafe { std::ptr::copy(other.address, self.address, length) };
+    }
 }
 
 /// A set of the pages of one chunk.

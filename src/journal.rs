@@ -6,7 +6,7 @@
 //! death of the process at any instruction, and need not survive that of the machine, since the guests' rings do not.
 //!
 //! ```text
-//! page 0   0 magic  8 length of the record (u32)  12 the record: who this ring is, bincode
+//! page 0   0 magic  8 length of the record (u32)  12 the record: who this ring is, bincode   4088 rsp_prod as published
 //! entry n  at 4096 + n*128:  0 state  4 response index  8 order of taking  12 -  16..128 the slot as it was on the ring
 //! state    0 free   1 taken, not answered   2 answered; the answer counts once the ring's rsp_prod has passed its index
 //! ```
@@ -14,6 +14,10 @@
 //! An entry's bytes are complete before its state says so, and a state of 2 is written before `rsp_prod` moves. A process
 //! that dies between the two leaves an entry whose index `rsp_prod` has not passed: that request is done again, which
 //! is harmless, as the guest has not seen an answer and its pages are still granted.
+
+mod directory;
+
+pub use directory::JournalDirectory;
 
 use std::sync::atomic::{AtomicU32, Ordering, compiler_fence};
 
@@ -24,6 +28,8 @@ const MAGIC: u64 = u64::from_le_bytes(*b"vbddring");
 const HEAD_BYTES: usize = 4096;
 const ENTRY_BYTES: usize = 128;
 const SLOT_AT: usize = 16;
+const PUBLISHED_AT: usize = 4088;
+const RECORD_BYTES: usize = PUBLISHED_AT - 12;
 
 const FREE: u32 = 0;
 const TAKEN: u32 = 1;
@@ -113,15 +119,21 @@ pub struct Journal {
 }
 
 impl Journal {
-    /// Starts an empty journal for the ring that `record` names.
+    /// Starts an empty journal for the ring that `record` names, and that has answered `responses_produced` requests.
     #[must_use]
-    pub fn create(memory: Memory, entries: u32, record: &RingRecord) -> Option<Journal> {
-        let journal = Journal::over(memory, entries)?;
+    pub fn create(
+        memory: Memory,
+        entries: u32,
+        record: &RingRecord,
+        responses_produced: u32,
+    ) -> Option<Journal> {
+        let mut journal = Journal::over(memory, entries)?;
         journal.store_magic(0);
+        journal.produced(responses_produced);
         for entry in 0..entries {
             journal.store(entry, 0, FREE);
         }
-        let mut bytes = [0_u8; HEAD_BYTES - 12];
+        let mut bytes = [0_u8; RECORD_BYTES];
         let length = bincode::encode_into_slice(record, &mut bytes, bincode::config::standard()).ok()?;
         journal.write(8, &u32::try_from(length).ok()?.to_le_bytes());
         journal.write(12, bytes.get(..length)?);
@@ -144,13 +156,19 @@ impl Journal {
             return None;
         }
         let length = u32::from_le_bytes(journal.read::<4>(8)) as usize;
-        let head = journal.read::<{ HEAD_BYTES - 12 }>(12);
+        let head = journal.read::<RECORD_BYTES>(12);
         let bytes = head.get(..length)?;
         let (found, _): (RingRecord, usize) =
             bincode::decode_from_slice(bytes, bincode::config::standard().with_limit::<HEAD_BYTES>()).ok()?;
         if found != *record {
             return None;
         }
+        // A ring that is behind what was published is another ring, that happens to have the same references.
+        let published = u32::from_le_bytes(journal.read(PUBLISHED_AT));
+        if responses_produced.wrapping_sub(published) > entries {
+            return None;
+        }
+        journal.produced(responses_produced);
         let mut owed = Vec::new();
         for entry in 0..entries {
             match journal.owed(entry, responses_produced) {
@@ -209,6 +227,11 @@ impl Journal {
     /// Writes down that the response of entry `entry` was published.
     pub fn published(&mut self, entry: u32) {
         self.store(entry, 0, FREE);
+    }
+
+    /// Writes down that the ring's response producer now stands at `responses_produced`.
+    pub fn produced(&mut self, responses_produced: u32) {
+        self.write(PUBLISHED_AT, &responses_produced.to_le_bytes());
     }
 
     fn word(&self, entry: u32, offset: usize) -> Option<&AtomicU32> {
@@ -283,7 +306,7 @@ mod tests {
     fn what_is_owed_comes_in_the_order_of_taking_however_old() {
         let mut room = Room([0; 8192]);
         let memory = memory(&mut room);
-        let mut journal = Journal::create(memory, 8, &record()).unwrap();
+        let mut journal = Journal::create(memory, 8, &record(), 0).unwrap();
         for start in [0, u32::MAX - 3] {
             journal.order = start;
             journal.taken(5, &[1; LARGEST_STRIDE]);
@@ -303,7 +326,7 @@ mod tests {
     fn an_answer_that_was_not_published_is_owed_again_whatever_is_published_meanwhile() {
         let mut room = Room([0; 8192]);
         let memory = memory(&mut room);
-        let mut journal = Journal::create(memory, 8, &record()).unwrap();
+        let mut journal = Journal::create(memory, 8, &record(), 40).unwrap();
         journal.taken(0, &[0; LARGEST_STRIDE]);
         journal.answered(0, 40);
         journal.taken(1, &[1; LARGEST_STRIDE]);
@@ -320,8 +343,8 @@ mod tests {
         let mut room = Room([0; 8192]);
         let memory = memory(&mut room);
         assert!(Journal::inherit(memory, 8, &record(), 0).is_none(), "nothing but zeroes");
-        assert!(Journal::create(memory, 64, &record()).is_none(), "too small");
-        Journal::create(memory, 8, &record()).unwrap().taken(0, &[0; LARGEST_STRIDE]);
+        assert!(Journal::create(memory, 64, &record(), 0).is_none(), "too small");
+        Journal::create(memory, 8, &record(), 0).unwrap().taken(0, &[0; LARGEST_STRIDE]);
         let other = RingRecord { remote_port: 4, ..record() };
         assert!(Journal::inherit(memory, 8, &other, 0).is_none());
         assert!(Journal::inherit(memory, 8, &record(), 0).is_some_and(|(_, owed)| owed.len() == 1));

@@ -27,3 +27,30 @@ pub const ROUNDS_PER_TURN: u32 = 8;
 
 /// Misdeeds and storage errors that wait to be logged; more are counted and dropped. 64 bytes each: 16 KiB.
 pub const REPORTS_MAX: usize = 256;
+
+/// Disks that are served at once. Each has at most one job with the xenstore client, which takes 1 024.
+pub const DEVICES_MAX: usize = 1000;
+
+/// Reads of one disk's nodes: 20 at once, then 10 a second, so that a frontend that changes its mind all the time costs
+/// at most 250 xenstore requests a second.
+pub const WORLD_READS_BURST: u32 = 20;
+/// See [`WORLD_READS_BURST`].
+pub const WORLD_READ_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Log lines about one disk: 10 at once, then one each 10 seconds; with 1 000 hostile disks 100 lines a second.
+pub const NOTICES_BURST: u32 = 10;
+/// See [`NOTICES_BURST`].
+pub const NOTICE_INTERVAL: Duration = Duration::from_secs(10);
+
+/// How long a stop waits for storage, after which the journal has to serve.
+pub const STOP_PATIENCE: Duration = Duration::from_secs(30);
+
+/// Clients of the control door at once, how long one may stay, and its longest line: 16 × 1 KiB.
+pub const CONTROL_SESSIONS_MAX: usize = 16;
+/// See [`CONTROL_SESSIONS_MAX`].
+pub const CONTROL_SESSION_AGE: Duration = Duration::from_secs(10);
+/// See [`CONTROL_SESSIONS_MAX`].
+pub const CONTROL_LINE_BYTES_MAX: usize = 1024;
+
+/// How long after the last request the buffers' memory goes back to the system.
+pub const TRIM_AFTER: Duration = Duration::from_secs(5);

@@ -207,13 +207,13 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         };
         let (journal, owed) = match inherited {
             Some((journal, owed)) => (Some(journal), owed),
-            None => (memory.and_then(|memory| Journal::create(memory, entries, &record)), Vec::new()),
+            None => {
+                (memory.and_then(|memory| Journal::create(memory, entries, &record, produced)), Vec::new())
+            }
         };
-        let ring = if plan.resume {
-            BackRing::resume(shared, plan.abi, u32::try_from(owed.len()).unwrap_or(0))
-        } else {
-            BackRing::attach(shared, plan.abi)
-        };
+        // A fresh ring has answered nothing, so this is where it starts too; and a frontend that does not wait for state
+        // 4 may have been served by a predecessor that died before it wrote it.
+        let ring = BackRing::resume(shared, plan.abi, u32::try_from(owed.len()).unwrap_or(0));
         let mut queue = Queue::new(disk.0, plan.domain, port, ring, mapping, journal);
         let inherited = queue.inherit(&owed, plan.abi);
         let id = place_in(&mut self.queues, queue);
@@ -248,6 +248,13 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
     #[must_use]
     pub fn unanswered(&self, queue: QueueId) -> usize {
         self.queues.get(queue.0 as usize).and_then(Option::as_ref).map_or(0, Queue::unanswered)
+    }
+
+    /// True when [`Pump::turn`] would do something: a ring to look at or a flush to start, for something was asked of the
+    /// pump since.
+    #[must_use]
+    pub fn has_work(&self) -> bool {
+        !self.ready.is_empty() || self.scratch.has_flushes()
     }
 
     /// When [`Pump::turn`] wants to be called though nothing happens: an event channel's delay ends.

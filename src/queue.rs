@@ -264,6 +264,9 @@ impl Queue {
     /// Makes the answers visible. True when the guest wants an event.
     pub(crate) fn publish(&mut self) -> bool {
         let notify = self.ring.as_mut().is_some_and(BackRing::publish);
+        if let (Some(journal), Some(ring)) = (&mut self.journal, &self.ring) {
+            journal.produced(ring.next_response());
+        }
         for place in self.unpublished.drain(..) {
             if let Some(journal) = &mut self.journal {
                 journal.published(place.into());

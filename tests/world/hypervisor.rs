@@ -108,10 +108,10 @@ impl Xen {
     }
 
     pub fn revoke(&mut self, domain: DomainId, grant: GrantRef) {
-        if let Some(owner) = self.domains.get_mut(&domain) {
-            if owner.grants.remove(&grant).is_some() {
-                owner.grants_free.insert(grant);
-            }
+        if let Some(owner) = self.domains.get_mut(&domain)
+            && owner.grants.remove(&grant).is_some()
+        {
+            owner.grants_free.insert(grant);
         }
     }
 

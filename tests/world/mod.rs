@@ -4,6 +4,9 @@
 //! [`clock::Clock`], so that a seed replays bit for bit; [`Shared::trace`] is a hash of all that crossed a seam.
 #![allow(
     dead_code,
+    missing_docs,
+    unused_imports,
+    clippy::cast_sign_loss,
     unreachable_pub,
     clippy::unwrap_used,
     clippy::expect_used,
@@ -23,6 +26,7 @@ pub mod model;
 pub mod rng;
 pub mod run;
 pub mod storage;
+pub mod xenstore;
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;

@@ -1,0 +1,61 @@
+//! Run inside a guest of the Xen machine. Prints what it found as `name=value` words on one line.
+//!
+//! - `pattern SEED BYTES`: prints pseudo-random bytes that anyone can make again.
+//! - `load PATH SHAPE DEPTH REQUESTS [SEED]`: a counted load; SHAPE is randread, randwrite (4 KiB), read or write (128 KiB).
+//! - `verify PATH BLOCKS STOP-FILE SECONDS [SEED]`: writes and checks 4 KiB blocks until STOP-FILE exists.
+#![allow(clippy::print_stdout, clippy::print_stderr)] // a command-line tool whose output is its purpose
+
+mod direct;
+mod load;
+mod pattern;
+mod verify;
+
+use std::process::ExitCode;
+
+const USAGE: &str = "usage: vbdd-guest pattern SEED BYTES | load PATH SHAPE DEPTH REQUESTS [SEED] | \
+                     verify PATH BLOCKS STOP-FILE SECONDS [SEED]";
+
+fn word(words: &[String], at: usize) -> Result<&str, String> {
+    words.get(at).map(String::as_str).ok_or_else(|| USAGE.to_owned())
+}
+
+fn number(words: &[String], at: usize) -> Result<u64, String> {
+    let word = word(words, at)?;
+    word.parse().map_err(|_| format!("{word:?} is not a number"))
+}
+
+fn seed(words: &[String], at: usize) -> Result<u64, String> {
+    if words.len() > at { number(words, at) } else { Ok(1) }
+}
+
+fn run(words: &[String]) -> Result<(), String> {
+    let line = match word(words, 0)? {
+        "pattern" => return pattern::print(number(words, 1)?, number(words, 2)?),
+        "load" => {
+            let shape = load::Shape::named(word(words, 2)?).ok_or_else(|| USAGE.to_owned())?;
+            let depth = usize::try_from(number(words, 3)?).map_err(|e| e.to_string())?;
+            load::run(word(words, 1)?, shape, depth, number(words, 4)?, seed(words, 5)?)?
+        }
+        "verify" => verify::run(
+            word(words, 1)?,
+            number(words, 2)?,
+            word(words, 3)?,
+            number(words, 4)?,
+            seed(words, 5)?,
+        )?,
+        _ => return Err(USAGE.to_owned()),
+    };
+    println!("{line}");
+    Ok(())
+}
+
+fn main() -> ExitCode {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    match run(&words) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(reason) => {
+            eprintln!("vbdd-guest: {reason}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,361 @@
+//! [`Storage`] on Linux: requests cut into legs, legs given to an engine, answers put together again.
+//!
+//! `docs/design/storage.md` tells the life of a request.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, RawFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::calls::{self, Job};
+use super::engine::{self, AnyEngine, Engine, EngineChoice, Landed};
+use super::files::{FILES_MAX, File, Files};
+use super::legs::{self, BOUNCE_BYTES};
+use super::medium::{self, Path, Prepared};
+use super::slots::{Fifo, Slots};
+use super::workers::{Bell, Workers};
+use super::{Access, Done, FileId, Io, IoKind, OpenError, Opened, Storage, StorageError};
+use crate::buffers::Pool;
+use crate::images::Roots;
+
+/// Threads that open and close files. A dead file server holds one for each path that is tried; the rest go on.
+const OPENERS_MAX: usize = 4;
+
+/// Opens that wait for a thread. More are refused at once.
+const OPENS_WAITING_MAX: usize = 256;
+
+/// Threads for transfers that the engine has no asynchronous form for.
+const HELPERS_MAX: usize = 4;
+
+/// Bounce buffers in bytes: 16 requests go through them at a time, the others wait.
+const BOUNCE_POOL_BYTES: usize = 16 * BOUNCE_BYTES as usize;
+
+/// What to make of a storage.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Which engine.
+    pub engine: EngineChoice,
+    /// The directories below which images may lie.
+    pub roots: Vec<PathBuf>,
+    /// Size of the arena for data in flight, in bytes.
+    pub pool_bytes: usize,
+    /// Whether to go past the page cache where the file system allows.
+    pub direct: bool,
+    /// Alignment to keep in direct transfers, for media that want more than the kernel says.
+    pub alignment: Option<Alignment>,
+}
+
+/// What direct transfers must be multiples of, in bytes: powers of two, 512 to 4096.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Alignment {
+    /// Offset and length in the file.
+    pub block_bytes: u32,
+    /// Address in memory.
+    pub memory_bytes: u32,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options {
+            engine: EngineChoice::Auto,
+            roots: Vec::new(),
+            pool_bytes: 64 << 20,
+            direct: true,
+            alignment: None,
+        }
+    }
+}
+
+/// A job for an opener.
+enum Errand {
+    Open { token: u64, path: String, access: Access },
+    Close(Box<File>),
+}
+
+impl std::fmt::Debug for Errand {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Errand::Open { path, .. } => write!(f, "Open({path})"),
+            Errand::Close(_) => f.write_str("Close"),
+        }
+    }
+}
+
+type OpenAnswer = (u64, Result<Prepared, OpenError>, String);
+
+/// Storage on Linux files and block devices.
+#[derive(Debug)]
+pub struct LinuxStorage {
+    pub(super) pool: Pool,
+    pub(super) bounces: Pool,
+    pub(super) engine: AnyEngine,
+    engine_text: String,
+    pub(super) files: Files,
+    pub(super) slots: Slots,
+    /// Requests whose next transfer the engine had no room for.
+    pub(super) unpushed: Fifo,
+    /// Requests that wait for a bounce buffer.
+    pub(super) unbounced: Fifo,
+    /// Transfers that failed before they started.
+    pub(super) stillborn: VecDeque<Landed>,
+    finished: VecDeque<Done>,
+    refused_opens: VecDeque<(u64, Result<Opened, OpenError>)>,
+    openers: Workers<Errand, OpenAnswer>,
+    pub(super) helpers: Workers<Job, Landed>,
+    bell: Arc<Bell>,
+    /// Whether a transfer was pushed by us and not on behalf of a caller who is about to submit.
+    pub(super) continued: bool,
+}
+
+impl LinuxStorage {
+    /// Opens the roots, maps the arena and starts an engine.
+    ///
+    /// # Errors
+    /// A sentence for the operator: which of these failed, why, and what to do.
+    pub fn new(options: &Options) -> Result<LinuxStorage, String> {
+        let (engine, text) = engine::start(options.engine)?;
+        Self::build(options, engine, text)
+    }
+
+    /// The same over an engine that the caller brings: one that fails on purpose, say.
+    ///
+    /// # Errors
+    /// As [`LinuxStorage::new`].
+    pub fn with_engine(options: &Options, engine: Box<dyn Engine>) -> Result<LinuxStorage, String> {
+        let text = format!("{engine:?}");
+        Self::build(options, AnyEngine::Other(engine), text)
+    }
+
+    fn build(options: &Options, engine: AnyEngine, engine_text: String) -> Result<LinuxStorage, String> {
+        let roots = Arc::new(Roots::new(&options.roots).map_err(|error| error.to_string())?);
+        let pool =
+            Pool::new(options.pool_bytes).map_err(|error| format!("no memory for buffers: {error}"))?;
+        let bounces =
+            Pool::new(BOUNCE_POOL_BYTES).map_err(|error| format!("no memory for buffers: {error}"))?;
+        let bell = Arc::new(Bell::new().map_err(|error| format!("eventfd: {error}"))?);
+        let (direct, alignment) = (options.direct, options.alignment);
+        let openers = Workers::new("vbdd-open", OPENERS_MAX, Arc::clone(&bell), move |errand| match errand {
+            Errand::Open { token, path, access } => {
+                let result = medium::open(&roots, &path, access, direct, alignment);
+                Some((token, result, path))
+            }
+            Errand::Close(file) => {
+                drop(file);
+                None
+            }
+        });
+        let helpers = Workers::new("vbdd-io", HELPERS_MAX, Arc::clone(&bell), |Job(transfer)| {
+            Some(Landed { tag: transfer.tag, result: calls::now(&transfer) })
+        });
+        Ok(LinuxStorage {
+            pool,
+            bounces,
+            engine,
+            engine_text,
+            files: Files::default(),
+            slots: Slots::new(),
+            unpushed: Fifo::EMPTY,
+            unbounced: Fifo::EMPTY,
+            stillborn: VecDeque::new(),
+            finished: VecDeque::new(),
+            refused_opens: VecDeque::new(),
+            openers,
+            helpers,
+            bell,
+            continued: false,
+        })
+    }
+
+    /// Which engine was taken and why: a sentence for the log.
+    #[must_use]
+    pub fn engine_text(&self) -> &str {
+        &self.engine_text
+    }
+
+    /// What the poller must watch for reading, level-triggered: at most two descriptors, the same ones for life.
+    pub fn fds(&self) -> impl Iterator<Item = RawFd> {
+        [self.engine.wake_fd(), Some(self.bell.fd())].into_iter().flatten()
+    }
+
+    /// To be called when any of [`LinuxStorage::fds`] is readable, and then all of `done` and `opened` to be taken. It costs
+    /// no system call with io_uring, unless a thread has answered.
+    pub fn ready(&mut self) {
+        self.engine.acknowledge();
+        self.bell.answer();
+    }
+
+    /// Gives unused buffers back to the system. Meant for moments without load.
+    pub fn trim(&mut self) {
+        self.pool.trim();
+        self.bounces.trim();
+    }
+
+    /// Requests queued and not yet finished.
+    #[must_use]
+    pub fn in_flight(&self) -> u32 {
+        self.slots.used()
+    }
+
+    fn refuse_open(&mut self, token: u64, path: String, reason: &str) {
+        let error = OpenError { path, reason: reason.into() };
+        self.refused_opens.push_back((token, Err(error)));
+        // The caller is told as of any other open.
+        self.bell.ring();
+    }
+
+    fn install(&mut self, path: String, prepared: Prepared) -> Result<Opened, OpenError> {
+        let Some(file) = self.files.insert(prepared) else {
+            let reason = format!("{FILES_MAX} files are open already; detach disks that are not needed");
+            return Err(OpenError { path, reason });
+        };
+        let index = Files::place(file);
+        let Some(entry) = self.files.at(file) else {
+            return Err(OpenError {
+                path,
+                reason: String::from("the table of files is broken (a bug in vbdd)"),
+            });
+        };
+        if entry.path != Path::Memory && self.engine.attach(index, entry.fd.as_fd()) {
+            entry.attached = Some(index);
+        }
+        Ok(Opened {
+            file,
+            identity: entry.identity,
+            size_bytes: entry.shape.size,
+            physical_block_bytes: entry.physical_block_bytes,
+            direct: entry.path == Path::Direct,
+        })
+    }
+
+    /// Gives a file that nobody uses any more to the threads, since `close` may wait for a file server.
+    pub(super) fn put_away(&mut self, file: FileId) {
+        let Some(file) = self.files.remove(file) else { return };
+        if let Some(index) = file.attached {
+            self.engine.detach(index);
+        }
+        // Without a thread it is closed here, by dropping what comes back.
+        drop(self.openers.give(Errand::Close(Box::new(file))));
+    }
+
+    pub(super) fn end(&mut self, token: u64, result: Result<(), StorageError>) {
+        self.finished.push_back(Done { token, result });
+    }
+
+    /// What can be said of a request before it takes a place.
+    fn admit(file: &File, io: &Io) -> Result<(), StorageError> {
+        match io.kind {
+            IoKind::Write if file.access == Access::ReadOnly => return Err(StorageError::Os(libc::EROFS)),
+            IoKind::Flush => {
+                if let Some(errno) = file.flush_failed {
+                    return Err(StorageError::Os(errno));
+                }
+            }
+            _ => {}
+        }
+        if file.closing {
+            return Err(StorageError::Os(libc::EBADF));
+        }
+        legs::check(&file.shape, io.kind, io.offset_bytes, io.span.length_bytes())
+    }
+}
+
+impl Storage for LinuxStorage {
+    fn open(&mut self, token: u64, path: &str, access: Access) {
+        if self.openers.waiting() >= OPENS_WAITING_MAX {
+            let reason = "too many files wait to be opened; does a file server not answer?";
+            return self.refuse_open(token, path.into(), reason);
+        }
+        if self.openers.give(Errand::Open { token, path: path.into(), access }).is_err() {
+            self.refuse_open(
+                token,
+                path.into(),
+                "no thread could be started to open it; is there memory left?",
+            );
+        }
+    }
+
+    fn opened(&mut self) -> Option<(u64, Result<Opened, OpenError>)> {
+        if let Some(refused) = self.refused_opens.pop_front() {
+            return Some(refused);
+        }
+        let (token, result, path) = self.openers.take()?;
+        Some((token, result.and_then(|prepared| self.install(path, prepared))))
+    }
+
+    fn close(&mut self, file: FileId) {
+        let Some(entry) = self.files.at(file) else { return };
+        entry.closing = true;
+        if entry.in_flight == 0 {
+            self.put_away(file);
+        }
+    }
+
+    fn buffers(&mut self) -> &mut Pool {
+        &mut self.pool
+    }
+
+    #[inline]
+    fn queue(&mut self, io: Io) {
+        let Some(file) = self.files.at(io.file) else {
+            return self.end(io.token, Err(StorageError::Os(libc::EBADF)));
+        };
+        if let Err(error) = Self::admit(file, &io) {
+            return self.end(io.token, Err(error));
+        }
+        if file.path == Path::Memory {
+            let result = self.copy_now(&io);
+            return self.end(io.token, result);
+        }
+        let Some(number) = self.slots.take(io) else {
+            return self.end(io.token, Err(StorageError::Os(libc::ENOBUFS)));
+        };
+        file.in_flight += 1;
+        if io.kind == IoKind::Write
+            && let Some(hazards) = &mut file.hazards
+            && !hazards.arrive(&mut self.slots, number)
+        {
+            return;
+        }
+        self.advance(number);
+    }
+
+    fn submit(&mut self) {
+        self.continued = false;
+        let mut all = self.engine.submit();
+        while all && !self.unpushed.is_empty() {
+            let before = self.unpushed.first();
+            self.push_more();
+            all = self.engine.submit();
+            if self.unpushed.first() == before {
+                // Full of transfers in flight: their answers make room.
+                break;
+            }
+        }
+        if !all {
+            // The kernel could not take them now. Come back, even if no answer wakes us.
+            self.bell.ring();
+            self.continued = true;
+        }
+    }
+
+    #[inline]
+    fn done(&mut self) -> Option<Done> {
+        loop {
+            if let Some(done) = self.finished.pop_front() {
+                return Some(done);
+            }
+            if let Some(landed) = self.engine.reap() {
+                self.land(landed);
+            } else if let Some(landed) = self.helpers.take() {
+                self.land(landed);
+            } else if let Some(landed) = self.stillborn.pop_front() {
+                self.land(landed);
+            } else {
+                if self.continued || !self.unpushed.is_empty() {
+                    self.submit();
+                }
+                return None;
+            }
+        }
+    }
+}
