@@ -56,8 +56,10 @@ pub enum Plant {
     UnmaskDropped,
     /// The guest is not told of answers.
     NotifyDropped,
-    /// A grant copy that failed is reported as done.
+    /// A batch of grant copies that failed is reported as done.
     CopyStatusIgnored,
+    /// A grant copy is left out and reported as done.
+    CopySkipped,
     /// The journal forgets a request that was taken.
     JournalForgets,
     /// A write is done one sector further.
