@@ -175,8 +175,10 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
                 queue.starved = false;
             }
             while let Some(place) = self.queue(id).and_then(|queue| queue.next_starved()) {
-                self.start(id, place);
+                self.try_start(id, place, true);
                 if self.queue(id).is_some_and(|queue| queue.starved) {
+                    // Nobody overtakes the first in the line.
+                    self.starved.rotate_right(1);
                     return progress;
                 }
                 progress = true;
