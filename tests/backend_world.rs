@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use host::Host;
 use world::guest::Habits;
+use vbdd::storage::Storage as _;
 use world::storage::SECTOR;
 
 fn habits(guest: u16, disk: usize, requests: u32) -> Habits {
@@ -424,4 +425,34 @@ fn sectors_are_those_of_the_image() {
     host.wait_be(7, "2");
     assert_eq!(host.be_node(7, "sectors").as_deref(), Some("12345"));
     assert_eq!(SECTOR, 512);
+}
+
+#[test]
+fn a_ring_that_closes_while_memory_is_short_does_not_keep_the_process_busy() {
+    for seed in 0..4 {
+        let mut host = Host::new(seed, 3);
+        host.shared.faults.set(world::Faults { latency_us_max: 20_000_000, ..world::Faults::default() });
+        let large = |guest, disk| Habits {
+            depth: 32,
+            frames: 360,
+            reads: 16,
+            segments_max: 11,
+            ..habits(guest, disk, 500)
+        };
+        for guest in [7, 8] {
+            let (disk, path) = host.add_image(600);
+            host.attach(guest, &path, &[]);
+            host.connect_guest(large(guest, disk));
+        }
+        host.run_for(Duration::from_secs(2));
+        let used = host.backend.as_mut().unwrap().pump().storage.buffers().used_bytes();
+        assert!(used > 900 << 10, "{used} bytes: nobody waits for memory");
+        for guest in [7, 8] {
+            host.set_fe(guest, &[("state", "6")]);
+        }
+        host.run_for(Duration::from_secs(1));
+        assert!(host.busy_max < 200, "{} turns in a row", host.busy_max);
+        host.run_for(Duration::from_secs(300));
+        assert_eq!(host.be_node(7, "state").as_deref(), Some("6"));
+    }
 }

@@ -66,13 +66,6 @@ impl Host {
         host
     }
 
-    pub fn with_pool(mut self, pool_bytes: usize) -> Host {
-        self.pool_bytes = pool_bytes;
-        self.kill();
-        self.start();
-        self
-    }
-
     /// Starts a process.
     pub fn start(&mut self) {
         let options = Options { kinds: vec![Kind::Vbd, Kind::Qdisk], vbd: Config::new(self.own, self.place) };
