@@ -291,16 +291,16 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
         image.map_or_else(String::new, |image| image.request.image.path.clone())
     }
 
-    /// Who else has the same file open in a way that does not go together with `request`.
+    /// Who else has the same file open in a way that does not go together with `request`, which asks for it alone if it
+    /// writes: another user's `!` vouches for that user only.
     fn sharer(&self, address: Address, identity: Identity, request: &OpenRequest) -> Option<Address> {
         if request.forced {
             return None;
         }
         let clash = |other: &Device| {
             other.image.as_ref().is_some_and(|image| {
-                image.opened.identity == identity
-                    && !image.request.forced
-                    && !(image.request.read_only && request.read_only)
+                let vouched_for = request.read_only && (image.request.read_only || image.request.forced);
+                image.opened.identity == identity && !vouched_for
             })
         };
         let mut others = self.devices.iter().filter(|(other, _)| **other != address);
