@@ -11,7 +11,7 @@ use crate::control;
 use crate::error::Error;
 use crate::hypervisor::LinuxHypervisor;
 use crate::journal::JournalDirectory;
-use crate::limits::{DATA_MEMORY_BYTES, STOP_PATIENCE};
+use crate::limits::{DATA_MEMORY_BYTES, STOP_PATIENCE, TRIM_AFTER};
 use crate::owners;
 use crate::reactor::{Reactor, Ready};
 use crate::signals::{Signal, Signals};
@@ -36,6 +36,7 @@ struct Daemon {
     control: control::Server,
     backend: Backend<LinuxHypervisor, LinuxStorage>,
     stop_by: Option<Duration>,
+    trim_at: Option<Duration>,
 }
 
 /// Serves until a signal ends it.
@@ -115,6 +116,7 @@ impl Daemon {
             control,
             backend,
             stop_by: None,
+            trim_at: None,
         }))
     }
 
@@ -135,6 +137,9 @@ impl Daemon {
             for ready in ready.drain(..) {
                 self.dispatch(ready, now);
             }
+            // io_uring may have ended the wait without making its descriptor readable; asking it costs no system call.
+            self.backend.pump().storage.ready();
+            self.trim(now);
             if self.xenbus.timeout().is_some_and(|at| at <= millis(now)) {
                 self.xenbus.handle_time(millis(now));
             }
@@ -152,9 +157,20 @@ impl Daemon {
                     self.xenbus.handle_readable(millis(now));
                 }
             }
-            STORAGE => self.backend.pump().storage.ready(),
+            STORAGE => {}
             SIGNALS => self.take_signals(now),
             _ => self.control.ready(ready, now, &mut self.reactor),
+        }
+    }
+
+    /// Gives the memory of past load back to the system, once, when there has been no load for a while.
+    fn trim(&mut self, now: Duration) {
+        let storage = &mut self.backend.pump().storage;
+        if storage.in_flight() > 0 {
+            self.trim_at = Some(now + TRIM_AFTER);
+        } else if self.trim_at.is_some_and(|at| at <= now) {
+            storage.trim();
+            self.trim_at = None;
         }
     }
 
@@ -228,7 +244,7 @@ impl Daemon {
 
     fn timeout(&self) -> Option<Duration> {
         let store = self.xenbus.timeout().map(Duration::from_millis);
-        let deadlines = [store, self.backend.deadline(), self.control.deadline(), self.stop_by];
+        let deadlines = [store, self.backend.deadline(), self.control.deadline(), self.stop_by, self.trim_at];
         let first = deadlines.into_iter().flatten().min()?;
         Some(first.saturating_sub(self.started.elapsed()))
     }
