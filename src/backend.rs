@@ -12,6 +12,8 @@ mod status;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
+use formats::Raw;
+use formats::raw::TooSmall;
 use xenstore::{JobId, Outcome, Path, WatchToken};
 
 use crate::hypervisor::{DomainId, Hypervisor};
@@ -331,28 +333,30 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
         opened: Opened,
     ) -> Result<vbd::Geometry, String> {
         let path = &request.image.path;
-        let sectors = opened.size_bytes / 512;
-        let refusal = if let Some(other) = self.sharer(address, opened.identity, &request) {
-            Some(format!(
+        let raw = if let Some(other) = self.sharer(address, opened.identity, &request) {
+            Err(format!(
                 "{path} is in use by guest {} as device {}, and not both read-only; detach it there, or use mode w! if \
                  the guests know how to share it",
                 other.frontend, other.devid
             ))
-        } else if sectors == 0 {
-            Some(format!("{path} is smaller than one sector of 512 bytes"))
         } else {
-            None
+            Raw::open(opened.size_bytes)
+                .map_err(|TooSmall| format!("{path} is smaller than one sector of 512 bytes"))
         };
-        if let Some(refusal) = refusal {
-            self.pump.storage.close(opened.file);
-            return Err(refusal);
-        }
-        if !opened.size_bytes.is_multiple_of(512) {
-            let rest = opened.size_bytes % 512;
+        let raw = match raw {
+            Ok(raw) => raw,
+            Err(refusal) => {
+                self.pump.storage.close(opened.file);
+                return Err(refusal);
+            }
+        };
+        if raw.ragged_bytes() > 0 {
+            let rest = raw.ragged_bytes();
             let text =
                 format!("{path}: the last {rest} bytes are no whole sector; the guest does not see them");
             self.notice(address, log::Level::Warn, &text);
         }
+        let sectors = raw.geometry().sectors;
         let disk = self.pump.add_disk(opened.file, sectors, request.read_only);
         let physical_sector_bytes = opened.physical_block_bytes;
         if let Some(device) = self.devices.get_mut(&address) {

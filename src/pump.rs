@@ -163,7 +163,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
     /// Tells a disk its new size.
     pub fn resize_disk(&mut self, disk: DiskId, size_sectors: u64) {
         if let Some(disk) = self.disk(disk.0) {
-            disk.size_sectors = size_sectors;
+            disk.image = formats::Raw::of_sectors(size_sectors);
         }
     }
 

@@ -160,6 +160,15 @@ mod tests {
     }
 
     #[test]
+    fn the_manual_page_names_every_option() {
+        let manual = include_str!("../../man/vbdd.8").replace("\\-", "-");
+        let options = HELP.lines().filter_map(|line| line.strip_prefix("  --")?.split_whitespace().next());
+        for option in options {
+            assert!(manual.contains(&format!("--{option}")), "{option}");
+        }
+    }
+
+    #[test]
     fn options_are_read() {
         let options = parsed(&[
             "--kind",

@@ -1,5 +1,6 @@
 //! What happens to a request between its ring and storage: memory, grant copies, transfers, flushes.
 
+use formats::{Extent, Place, Run};
 use rings::{Operation, Status};
 
 use super::{DiskId, Pump, PumpEvent, QueueId, StorageFailure, Token};
@@ -146,11 +147,19 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         self.finish(id, place, Status::Error);
     }
 
-    /// Finds memory for a request's data and sends it on; without memory it stays starved.
+    /// Finds memory for a request's data and sends it on; without memory it stays starved. Where others wait already, it
+    /// waits behind them: small requests would take what a large one needs, page by page, for ever.
     pub(super) fn start(&mut self, id: u32, place: u16) {
+        let first = self.starved.is_empty();
+        self.try_start(id, place, first);
+    }
+
+    pub(super) fn try_start(&mut self, id: u32, place: u16, allowed: bool) {
         let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return };
         let Some(one) = queue.in_flight(place) else { return };
-        let Some(span) = self.storage.buffers().alloc(one.request.length_bytes()) else {
+        let length = one.request.length_bytes();
+        let span = if allowed { self.storage.buffers().alloc(length) } else { None };
+        let Some(span) = span else {
             one.stage = Stage::Starved;
             if !queue.starved {
                 queue.starved = true;
@@ -171,7 +180,12 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return };
         let Some(disk) = self.disks.get(queue.disk as usize).and_then(Option::as_ref) else { return };
         let Some(one) = queue.in_flight(place) else { return };
-        let offset_bytes = one.request.sector.saturating_mul(rings::SECTOR_BYTES);
+        let sectors = u64::from(one.request.length_bytes()) / rings::SECTOR_BYTES;
+        // The range was checked when the request was taken; a disk that has shrunk since refuses it here.
+        let run = disk.image.map(Extent { sector: one.request.sector, sectors });
+        let Ok(Run { place: Place::Data { offset_bytes }, .. }) = run else {
+            return self.finish(id, place, Status::Error);
+        };
         let token = Token::Request { queue: id, place }.encode();
         self.storage.queue(Io { token, file: disk.file, kind, offset_bytes, span: one.span });
     }

@@ -123,8 +123,8 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return };
         let disk_id = queue.disk;
         let Some(disk) = self.disks.get_mut(disk_id as usize).and_then(Option::as_mut) else { return };
-        let parsed =
-            slot.parse().and_then(|request| request.check_range(disk.size_sectors).map(|()| request));
+        let size_sectors = disk.image.geometry().sectors;
+        let parsed = slot.parse().and_then(|request| request.check_range(size_sectors).map(|()| request));
         let request = match parsed {
             Ok(request) => request,
             Err(refusal) => {
@@ -175,8 +175,10 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
                 queue.starved = false;
             }
             while let Some(place) = self.queue(id).and_then(|queue| queue.next_starved()) {
-                self.start(id, place);
+                self.try_start(id, place, true);
                 if self.queue(id).is_some_and(|queue| queue.starved) {
+                    // Nobody overtakes the first in the line.
+                    self.starved.rotate_right(1);
                     return progress;
                 }
                 progress = true;
