@@ -42,14 +42,44 @@ fn domains_die_at_any_moment() {
 
 #[test]
 fn a_daemon_that_dies_or_is_restarted_is_not_noticed() {
-    for_seeds(10, |seed| {
+    let (mut deaths, mut handovers) = (0, 0);
+    for seed in 0..10 {
         let mut host = host(seed, 3, 150, false);
+        host.run(restarts).unwrap_or_else(|what| panic!("seed {seed}: {what}"));
+        deaths += host.deaths;
+        handovers += host.handovers;
+    }
+    assert!(
+        deaths >= 30 && handovers >= 15,
+        "{deaths} deaths, {handovers} handovers: too few to show anything"
+    );
+}
+
+#[test]
+fn all_of_it_at_once() {
+    for_seeds(10, |seed| {
+        let mut host = host(seed, 4, 150, true);
+        host.store.faults = Faults::MANY;
+        host.shared.faults.set(world::Faults {
+            latency_us_max: 500,
+            slow: 50,
+            overflow: 20,
+            ..Default::default()
+        });
         host.run(|host| {
-            if host.shared.countdown.get().is_none() && host.shared.chance(1, 1000) {
-                host.shared.countdown.set(Some(host.shared.below(300)));
-            } else if host.shared.chance(1, 3000) {
-                host.stop();
+            restarts(host);
+            if host.shared.chance(1, 1000) {
+                host.reconnect();
             }
         })
     });
+}
+
+/// Kills the daemon at some call, or asks it to end, now and then.
+fn restarts(host: &mut Host) {
+    if host.shared.countdown.get().is_none() && host.shared.chance(1, 300) {
+        host.shared.countdown.set(Some(host.shared.below(300)));
+    } else if host.shared.chance(1, 1000) {
+        host.stop();
+    }
 }
