@@ -371,7 +371,7 @@ impl Host {
     fn sleep(&self) -> bool {
         let now = self.shared.clock.now_us();
         let daemon = self.daemon.as_ref();
-        let deadline = daemon.and_then(|daemon| daemon.core.deadline()).map(|at| round_up_us(at));
+        let deadline = daemon.and_then(|daemon| daemon.core.deadline()).map(round_up_us);
         let store = daemon.and_then(|daemon| daemon.session.timeout()).map(|at_ms| at_ms * 1000);
         let guests = self.shared.guests.borrow();
         let times = guests.iter().filter_map(|guest| guest.wakes_at());
