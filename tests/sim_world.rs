@@ -19,7 +19,7 @@ fn host(seed: u64, guests: u16, requests: u32, doomed: bool) -> Host {
 
 #[test]
 fn guests_connect_work_and_leave() {
-    for_seeds(10, |seed| host(seed, 3, 60, false).run(|_| ()));
+    for_seeds(5, |seed| host(seed, 3, 60, false).run(|_| ()));
 }
 
 #[test]
@@ -37,7 +37,7 @@ fn xenstored_at_its_worst_changes_nothing() {
 
 #[test]
 fn domains_die_at_any_moment() {
-    for_seeds(10, |seed| host(seed, 4, 200, true).run(|_| ()));
+    for_seeds(5, |seed| host(seed, 4, 200, true).run(|_| ()));
 }
 
 #[test]
