@@ -23,7 +23,7 @@ fn calm() -> Faults {
 
 #[test]
 fn sane_guests_are_served() {
-    for_seeds(25, |seed| served(seed, 60, calm()).map(drop));
+    for_seeds(12, |seed| served(seed, 60, calm()).map(drop));
 }
 
 #[test]
@@ -45,18 +45,18 @@ fn the_same_seed_gives_the_same_run() {
 #[test]
 fn storage_errors_reach_the_request_they_hit_and_no_other() {
     let faults = Faults { read_error: 40, write_error: 40, flush_error: 20, slow: 30, ..calm() };
-    for_seeds(25, |seed| served(seed, 60, faults).map(drop));
+    for_seeds(12, |seed| served(seed, 60, faults).map(drop));
 }
 
 #[test]
 fn failed_batches_spurious_events_and_overflows_lose_nothing() {
     let faults = Faults { copy_batch: 40, overflow: 60, spurious: 60, ..calm() };
-    for_seeds(25, |seed| served(seed, 60, faults).map(drop));
+    for_seeds(12, |seed| served(seed, 60, faults).map(drop));
 }
 
 #[test]
 fn what_an_acknowledged_flush_covers_survives_power_loss_at_any_moment() {
-    for_seeds(60, |seed| {
+    for_seeds(30, |seed| {
         let mut world = sane_world(seed, 60);
         let torn = seed % 2 == 0;
         let flush_error = if seed % 5 == 0 { 100 } else { 0 };
@@ -69,7 +69,7 @@ fn what_an_acknowledged_flush_covers_survives_power_loss_at_any_moment() {
 
 #[test]
 fn a_queue_that_closes_in_mid_flight_serves_what_was_sent() {
-    for_seeds(25, |seed| {
+    for_seeds(12, |seed| {
         let mut world = sane_world(seed, 200);
         world.shared.faults.set(Faults { slow: 100, ..calm() });
         let end = 1 + world.shared.below(3000);
@@ -87,7 +87,7 @@ fn a_queue_that_closes_in_mid_flight_serves_what_was_sent() {
 
 #[test]
 fn a_guest_that_dies_leaves_nothing_behind() {
-    for_seeds(25, |seed| {
+    for_seeds(12, |seed| {
         let mut world = sane_world(seed, 200);
         world.shared.faults.set(Faults { slow: 100, ..calm() });
         let end = 1 + world.shared.below(3000);
@@ -101,7 +101,7 @@ fn a_guest_that_dies_leaves_nothing_behind() {
 
 #[test]
 fn a_queue_that_closes_while_it_waits_for_memory_serves_what_was_sent() {
-    for_seeds(10, |seed| {
+    for_seeds(4, |seed| {
         let mut world = World::new(seed, 1 << 20);
         let disk = world.add_image(300, false);
         // Two queues of 32 requests of eleven pages each want three times the arena.

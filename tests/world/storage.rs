@@ -222,6 +222,10 @@ impl SimStorage {
         }
     }
 
+    pub fn pool_used_bytes(&self) -> u64 {
+        self.pool.used_bytes()
+    }
+
     pub fn open_files(&self) -> usize {
         self.files.iter().flatten().count()
     }
