@@ -339,6 +339,11 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
                  the guests know how to share it",
                 other.frontend, other.devid
             ))
+        } else if !opened.locked && !request.forced {
+            Err(format!(
+                "{path} is locked: another program writes it, or the last writes of an earlier vbdd are not over; wait, or \
+                 use mode w! to share it"
+            ))
         } else {
             Raw::open(opened.size_bytes)
                 .map_err(|TooSmall| format!("{path} is smaller than one sector of 512 bytes"))

@@ -9,8 +9,8 @@ mod world;
 use std::time::Duration;
 
 use host::Host;
-use world::guest::Habits;
 use vbdd::storage::Storage as _;
+use world::guest::Habits;
 use world::storage::SECTOR;
 
 fn habits(guest: u16, disk: usize, requests: u32) -> Habits {

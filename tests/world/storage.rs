@@ -310,6 +310,7 @@ impl Storage for SimStorage {
                     size_bytes: (media.images[image].visible.len() * SECTOR) as u64,
                     physical_block_bytes: 512,
                     direct: true,
+                    locked: true,
                 })
             }
             None => Err(OpenError { path: path.to_owned(), reason: "does not exist".to_owned() }),
