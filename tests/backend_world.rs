@@ -9,8 +9,8 @@ mod world;
 use std::time::Duration;
 
 use host::Host;
-use world::guest::Habits;
 use vbdd::storage::Storage as _;
+use world::guest::Habits;
 use world::storage::SECTOR;
 
 fn habits(guest: u16, disk: usize, requests: u32) -> Habits {
@@ -240,7 +240,8 @@ fn ten_stops_and_ten_deaths_under_io_are_only_pauses() {
 
 #[test]
 fn what_cannot_be_served_says_why_and_harms_nobody() {
-    let table: [(&str, &[(&str, Option<&str>)], &str); 10] = [
+    type Changes = &'static [(&'static str, Option<&'static str>)];
+    let table: [(&str, Changes, &str); 10] = [
         ("/images/none", &[], "does not exist"),
         ("", &[], "params is empty"),
         ("qcow2:/images/1", &[], "qcow2 is not supported"),
@@ -273,7 +274,8 @@ fn what_cannot_be_served_says_why_and_harms_nobody() {
 
 #[test]
 fn what_a_frontend_writes_wrongly_closes_its_own_disk_only() {
-    let table: [&[(&str, &str)]; 8] = [
+    type Nodes = &'static [(&'static str, &'static str)];
+    let table: [Nodes; 8] = [
         &[("event-channel", "5")],
         &[("ring-ref", "8")],
         &[("ring-ref", "8"), ("event-channel", "banana")],

@@ -168,7 +168,10 @@ impl Host {
         self.store.mkdir(0, &be).unwrap();
         self.store.mkdir(0, &fe).unwrap();
         let list = |owner, reader| {
-            [Permission { domain: owner, access: Access::None }, Permission { domain: reader, access: Access::Read }]
+            [
+                Permission { domain: owner, access: Access::None },
+                Permission { domain: reader, access: Access::Read },
+            ]
         };
         self.store.set_permissions(0, &be, &list(self.own, guest)).unwrap();
         self.store.set_permissions(0, &fe, &list(guest, self.own)).unwrap();
@@ -350,7 +353,8 @@ impl Host {
         let now = self.shared.clock.now();
         let Some(backend) = &mut self.backend else { return false };
         let readable = self.shared.xen.borrow().readable();
-        let landed = self.shared.media.borrow().next_due().is_some_and(|due| due <= self.shared.clock.now_us());
+        let landed =
+            self.shared.media.borrow().next_due().is_some_and(|due| due <= self.shared.clock.now_us());
         let due = backend.deadline().is_some_and(|at| at <= now);
         if !(self.again || readable || landed || due) {
             return false;
@@ -371,7 +375,8 @@ impl Host {
         let backend = self.backend.as_ref().and_then(Backend::deadline).map(|at| at.as_micros() as u64 + 1);
         let store = self.connection.and(self.session.timeout()).map(|ms| ms * 1000);
         let media = self.shared.media.borrow().next_due();
-        let times = guests.iter().filter_map(|guest| guest.wakes_at()).chain(backend).chain(store).chain(media);
+        let times =
+            guests.iter().filter_map(|guest| guest.wakes_at()).chain(backend).chain(store).chain(media);
         match times.filter(|at| *at > now).min() {
             Some(at) => self.shared.clock.advance_to(at),
             None => return false,
