@@ -458,3 +458,22 @@ fn a_ring_that_closes_while_memory_is_short_does_not_keep_the_process_busy() {
         assert_eq!(host.be_node(7, "state").as_deref(), Some("6"));
     }
 }
+
+/// More listings and reads at once than the client takes: 530 guests that are known to a process
+/// which loses its connection while more come.
+#[test]
+fn no_disk_goes_unseen_on_a_crowded_host() {
+    let mut host = Host::new(1, 0);
+    let (_, path) = host.add_image(16);
+    for guest in 1..=530 {
+        host.attach(guest, &path, &[("mode", Some("r"))]);
+    }
+    host.run_until("530 disks", |host| host.backend.as_ref().unwrap().totals().disks == 530);
+    host.settle();
+    host.lose_store();
+    for guest in 531..=550 {
+        host.attach(guest, &path, &[("mode", Some("r"))]);
+    }
+    host.connect();
+    host.run_until("550 disks", |host| host.backend.as_ref().unwrap().totals().disks == 550);
+}
