@@ -477,3 +477,22 @@ fn no_disk_goes_unseen_on_a_crowded_host() {
     host.connect();
     host.run_until("550 disks", |host| host.backend.as_ref().unwrap().totals().disks == 550);
 }
+
+#[test]
+fn a_batch_that_the_kernel_cannot_copy_at_once_fails_nobodys_requests() {
+    for seed in 0..3 {
+        let mut host = Host::new(seed, 3);
+        host.shared.xen.borrow_mut().copies_max = Some(11);
+        for guest in 1..=3 {
+            let (disk, path) = host.add_image(300);
+            host.attach(guest, &path, &[]);
+            host.connect_guest(Habits { odd: 0, ..habits(guest, disk, 300) });
+        }
+        for guest in 1..=3 {
+            host.wait_served(guest);
+        }
+        let refused: u64 =
+            host.backend.as_ref().unwrap().status().map(|status| status.counters.refused).sum();
+        assert_eq!(refused, 0);
+    }
+}
