@@ -1,8 +1,9 @@
 //! Sane guests on the data path: every request answered once and rightly, whatever the timing.
-#![allow(missing_docs)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::cast_possible_truncation)]
 
 mod world;
 
+use world::guest::Habits;
 use world::run::{World, sane_world};
 use world::{Faults, for_seeds};
 
@@ -93,6 +94,34 @@ fn a_guest_that_dies_leaves_nothing_behind() {
         world.run_until(|world| world.steps > end || world.finished())?;
         let victim = world.shared.index(world.backend.vbds.len());
         world.destroy(victim);
+        world.run()?;
+        world.close()
+    });
+}
+
+#[test]
+fn a_queue_that_closes_while_it_waits_for_memory_serves_what_was_sent() {
+    for_seeds(10, |seed| {
+        let mut world = World::new(seed, 1 << 20);
+        let disk = world.add_image(300, false);
+        // Two queues of 32 requests of eleven pages each want three times the arena.
+        world.add_guest(Habits {
+            queues: 2,
+            requests: 200,
+            frames: 360,
+            segments_min: 11,
+            whole_pages: true,
+            ..Habits::new(1, disk)
+        });
+        // Storage so slow that both rings are full and wait for memory.
+        world.shared.faults.set(Faults { latency_us_max: 100_000, ..calm() });
+        let end = 100 + world.shared.below(1000);
+        world.run_until(|world| world.steps > end || world.finished())?;
+        world.shared.stop_sending.set(true);
+        for at in 0..world.backend.lines.len() {
+            let queue = world.backend.lines[at].queue.unwrap();
+            world.backend.with(|pump| pump.close(queue));
+        }
         world.run()?;
         world.close()
     });
