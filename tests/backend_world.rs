@@ -8,7 +8,7 @@ mod world;
 
 use std::time::Duration;
 
-use host::Host;
+use host::{Host, RESTLESS};
 use vbdd::storage::Storage as _;
 use world::guest::Habits;
 use world::storage::SECTOR;
@@ -38,7 +38,7 @@ fn neighbour_is_well(host: &mut Host) {
 }
 
 fn both_places(run: impl Fn(u64, u16)) {
-    for seed in 0..2 {
+    for seed in (0..3).chain(RESTLESS..RESTLESS + 3) {
         run(seed, 0);
         run(seed, 3);
     }
@@ -87,7 +87,7 @@ fn unplug_cleanly(host: &mut Host, guest: u16) {
 
 #[test]
 fn a_clean_unplug_in_dom0_leaves_the_directory() {
-    for seed in 0..3 {
+    for seed in (0..3).chain(RESTLESS..RESTLESS + 3) {
         let mut host = with_neighbour(seed, 0);
         attached(&mut host, 7, 100);
         unplug_cleanly(&mut host, 7);
@@ -107,7 +107,7 @@ fn a_clean_unplug_in_dom0_leaves_the_directory() {
 
 #[test]
 fn a_clean_unplug_in_a_driver_domain_removes_the_directory_after_a_while() {
-    for seed in 0..3 {
+    for seed in (0..3).chain(RESTLESS..RESTLESS + 3) {
         let mut host = with_neighbour(seed, 3);
         attached(&mut host, 7, 100);
         unplug_cleanly(&mut host, 7);
@@ -205,7 +205,7 @@ fn a_boot_loader_hands_its_disk_to_a_kernel() {
 
 #[test]
 fn ten_stops_and_ten_deaths_under_io_are_only_pauses() {
-    for seed in 0..2 {
+    for seed in (0..2).chain(RESTLESS..RESTLESS + 2) {
         for own in [0, 3] {
             let mut host = Host::new(seed, own);
             for guest in 1..=3 {
@@ -495,4 +495,25 @@ fn a_batch_that_the_kernel_cannot_copy_at_once_fails_nobodys_requests() {
             host.backend.as_ref().unwrap().status().map(|status| status.counters.refused).sum();
         assert_eq!(refused, 0);
     }
+}
+
+#[test]
+fn a_stop_needs_no_xenstore() {
+    both_places(|seed, own| {
+        let mut host = with_neighbour(seed, own);
+        let (disk, path) = host.add_image(100);
+        host.attach(7, &path, &[]);
+        host.wait_be(7, "2");
+        host.announce(habits(7, disk, 100), "3");
+        for _ in 0..seed % 100 * 3 {
+            host.round();
+        }
+        host.flaps = false;
+        host.lose_store();
+        host.stop();
+        host.start();
+        host.wait_be(7, "4");
+        host.wait_served(7);
+        neighbour_is_well(&mut host);
+    });
 }
