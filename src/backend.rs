@@ -103,6 +103,8 @@ pub struct Backend<H, S> {
     pending: VecDeque<(Address, Pending)>,
     /// Device whose read of the world found the client full.
     crowded: Vec<Address>,
+    /// Directories whose listing did: at most one for each guest and kind.
+    unlisted: Vec<Purpose>,
     stopping: bool,
 }
 
@@ -127,6 +129,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
             jobs: BTreeMap::new(),
             pending: VecDeque::new(),
             crowded: Vec::new(),
+            unlisted: Vec::new(),
             stopping: false,
         }
     }
@@ -235,6 +238,9 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
     fn run_pending(&mut self, session: &mut Session) {
         for address in std::mem::take(&mut self.crowded) {
             self.read_world(session, address);
+        }
+        for purpose in std::mem::take(&mut self.unlisted) {
+            self.list(session, purpose);
         }
         let mut actions = Vec::new();
         while let Some((address, pending)) = self.pending.pop_front() {

@@ -8,7 +8,7 @@ mod world;
 
 use std::time::Duration;
 
-use host::Host;
+use host::{Host, RESTLESS};
 use vbdd::storage::Storage as _;
 use world::guest::Habits;
 use world::storage::SECTOR;
@@ -38,7 +38,7 @@ fn neighbour_is_well(host: &mut Host) {
 }
 
 fn both_places(run: impl Fn(u64, u16)) {
-    for seed in 0..2 {
+    for seed in (0..3).chain(RESTLESS..RESTLESS + 3) {
         run(seed, 0);
         run(seed, 3);
     }
@@ -87,7 +87,7 @@ fn unplug_cleanly(host: &mut Host, guest: u16) {
 
 #[test]
 fn a_clean_unplug_in_dom0_leaves_the_directory() {
-    for seed in 0..3 {
+    for seed in (0..3).chain(RESTLESS..RESTLESS + 3) {
         let mut host = with_neighbour(seed, 0);
         attached(&mut host, 7, 100);
         unplug_cleanly(&mut host, 7);
@@ -107,7 +107,7 @@ fn a_clean_unplug_in_dom0_leaves_the_directory() {
 
 #[test]
 fn a_clean_unplug_in_a_driver_domain_removes_the_directory_after_a_while() {
-    for seed in 0..3 {
+    for seed in (0..3).chain(RESTLESS..RESTLESS + 3) {
         let mut host = with_neighbour(seed, 3);
         attached(&mut host, 7, 100);
         unplug_cleanly(&mut host, 7);
@@ -205,7 +205,7 @@ fn a_boot_loader_hands_its_disk_to_a_kernel() {
 
 #[test]
 fn ten_stops_and_ten_deaths_under_io_are_only_pauses() {
-    for seed in 0..2 {
+    for seed in (0..2).chain(RESTLESS..RESTLESS + 2) {
         for own in [0, 3] {
             let mut host = Host::new(seed, own);
             for guest in 1..=3 {
@@ -240,7 +240,8 @@ fn ten_stops_and_ten_deaths_under_io_are_only_pauses() {
 
 #[test]
 fn what_cannot_be_served_says_why_and_harms_nobody() {
-    let table: [(&str, &[(&str, Option<&str>)], &str); 10] = [
+    type Changes = &'static [(&'static str, Option<&'static str>)];
+    let table: [(&str, Changes, &str); 10] = [
         ("/images/none", &[], "does not exist"),
         ("", &[], "params is empty"),
         ("qcow2:/images/1", &[], "qcow2 is not supported"),
@@ -273,7 +274,8 @@ fn what_cannot_be_served_says_why_and_harms_nobody() {
 
 #[test]
 fn what_a_frontend_writes_wrongly_closes_its_own_disk_only() {
-    let table: [&[(&str, &str)]; 8] = [
+    type Nodes = &'static [(&'static str, &'static str)];
+    let table: [Nodes; 8] = [
         &[("event-channel", "5")],
         &[("ring-ref", "8")],
         &[("ring-ref", "8"), ("event-channel", "banana")],
@@ -455,4 +457,63 @@ fn a_ring_that_closes_while_memory_is_short_does_not_keep_the_process_busy() {
         host.run_for(Duration::from_secs(300));
         assert_eq!(host.be_node(7, "state").as_deref(), Some("6"));
     }
+}
+
+/// More listings and reads at once than the client takes: 530 guests that are known to a process
+/// which loses its connection while more come.
+#[test]
+fn no_disk_goes_unseen_on_a_crowded_host() {
+    let mut host = Host::new(1, 0);
+    let (_, path) = host.add_image(16);
+    for guest in 1..=530 {
+        host.attach(guest, &path, &[("mode", Some("r"))]);
+    }
+    host.run_until("530 disks", |host| host.backend.as_ref().unwrap().totals().disks == 530);
+    host.settle();
+    host.lose_store();
+    for guest in 531..=550 {
+        host.attach(guest, &path, &[("mode", Some("r"))]);
+    }
+    host.connect();
+    host.run_until("550 disks", |host| host.backend.as_ref().unwrap().totals().disks == 550);
+}
+
+#[test]
+fn a_batch_that_the_kernel_cannot_copy_at_once_fails_nobodys_requests() {
+    for seed in 0..3 {
+        let mut host = Host::new(seed, 3);
+        host.shared.xen.borrow_mut().copies_max = Some(11);
+        for guest in 1..=3 {
+            let (disk, path) = host.add_image(300);
+            host.attach(guest, &path, &[]);
+            host.connect_guest(Habits { odd: 0, ..habits(guest, disk, 300) });
+        }
+        for guest in 1..=3 {
+            host.wait_served(guest);
+        }
+        let refused: u64 =
+            host.backend.as_ref().unwrap().status().map(|status| status.counters.refused).sum();
+        assert_eq!(refused, 0);
+    }
+}
+
+#[test]
+fn a_stop_needs_no_xenstore() {
+    both_places(|seed, own| {
+        let mut host = with_neighbour(seed, own);
+        let (disk, path) = host.add_image(100);
+        host.attach(7, &path, &[]);
+        host.wait_be(7, "2");
+        host.announce(habits(7, disk, 100), "3");
+        for _ in 0..seed % 100 * 3 {
+            host.round();
+        }
+        host.flaps = false;
+        host.lose_store();
+        host.stop();
+        host.start();
+        host.wait_be(7, "4");
+        host.wait_served(7);
+        neighbour_is_well(&mut host);
+    });
 }

@@ -15,12 +15,15 @@ use crate::world::hypervisor::SimXen;
 use crate::world::journals::SimJournals;
 use crate::world::model::DiskModel;
 use crate::world::storage::SimStorage;
-use crate::world::xenstore::{ConnectionId, XenstoreServer};
+use crate::world::xenstore::{ConnectionId, Faults, XenstoreServer};
 
 /// Rounds after which a run is taken to go nowhere.
 const ROUNDS_MAX: u64 = 300_000;
 
 pub const DEVID: u32 = 51712;
+
+/// From this seed on, the connection to xenstored flaps, commits clash, and events come late, twice and for nothing.
+pub const RESTLESS: u64 = 1000;
 
 type SimBackend = Backend<SimXen, SimStorage>;
 
@@ -38,6 +41,9 @@ pub struct Host {
     pub busy_max: u64,
     busy: u64,
     pub turns: u64,
+    /// The connection to xenstored is lost and made anew all the time.
+    pub flaps: bool,
+    pub flapped: u64,
 }
 
 impl Host {
@@ -61,7 +67,13 @@ impl Host {
             busy_max: 0,
             busy: 0,
             turns: 0,
+            flaps: false,
+            flapped: 0,
         };
+        if seed >= RESTLESS {
+            host.flaps = true;
+            host.store.faults = Faults::MANY;
+        }
         host.start();
         host
     }
@@ -265,6 +277,8 @@ impl Host {
 
     /// Runs until nobody has anything to do any more.
     pub fn settle(&mut self) {
+        self.flaps = false;
+        self.store.faults = Faults::NONE;
         for _ in 0..ROUNDS_MAX {
             if !self.round() {
                 return self.shared.check().unwrap();
@@ -302,6 +316,11 @@ impl Host {
     /// Everybody acts once. When nobody can, time goes on. False when nothing is to come.
     pub fn round(&mut self) -> bool {
         self.shared.check().unwrap();
+        if self.flaps && self.connection.is_some() && self.shared.chance(1, 600) {
+            self.flapped += 1;
+            self.lose_store();
+            self.connect();
+        }
         let mut any = false;
         for _ in 0..2 {
             any |= self.shared.let_one_act();
