@@ -3,6 +3,10 @@
 //! [`Hypervisor`] is implemented by `hypervisor::linux` over `/dev/xen/gntdev` and `/dev/xen/evtchn`, and by the
 //! simulated world in `tests/`. Nothing above this seam knows which of them it talks to.
 
+mod linux;
+
+pub use linux::LinuxHypervisor;
+
 use crate::buffers::Span;
 
 /// A domain's number, as xenstore and the hypervisor use it.
@@ -92,8 +96,8 @@ pub trait Hypervisor {
     /// Appends the ports that have events. Each is masked until [`Hypervisor::unmask`].
     fn pending(&mut self, ports: &mut Vec<Port>);
 
-    /// Lets the next event of `port` through. To be followed by a last look at the ring.
-    fn unmask(&mut self, port: Port);
+    /// Lets the next event of each of `ports` through. To be followed by a last look at their rings.
+    fn unmask(&mut self, ports: &[Port]);
 
     /// Sends an event to the guest's end of `port`.
     fn notify(&mut self, port: Port);

@@ -3,6 +3,23 @@
 //! The binary in `main.rs` is thin; everything is here so that tests can build whole worlds out of it. `docs/design.md`
 //! is the map of the house.
 
+pub mod backend;
 pub mod buffers;
+pub mod cli;
+pub mod control;
+pub mod daemon;
+pub mod disk;
+pub mod error;
 pub mod hypervisor;
+pub mod images;
+pub mod journal;
+pub mod limits;
+pub mod owners;
+pub mod params;
+pub mod pump;
+pub mod queue;
+pub mod reactor;
+pub mod signals;
 pub mod storage;
+pub mod vbd;
+pub mod xenbus;

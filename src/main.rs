@@ -1,2 +1,7 @@
 //! The `vbdd` command.
-fn main() {}
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    vbdd::cli::run(std::env::args_os().skip(1))
+}

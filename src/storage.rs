@@ -5,6 +5,20 @@
 //! end of a file whose size is no multiple of 512. It does not order anything: a flush covers the writes whose `Done`
 //! was taken before the flush was queued, and whoever wants more must wait (see `disk`).
 
+pub mod aio;
+pub mod engine;
+pub mod linux;
+pub mod uring;
+
+mod calls;
+mod files;
+mod hazards;
+mod legs;
+mod medium;
+mod slots;
+
+mod workers;
+
 use crate::buffers::{Pool, Span};
 
 /// An open image file or block device.

@@ -1,0 +1,404 @@
+//! The backend: all vbds of this domain, tied to xenstore on one side and to the data path on the other.
+//!
+//! No I/O of its own: the daemon feeds it xenstore events and wakes it when rings or storage have something; the
+//! simulated world does the same with its own xenstored, hypervisor and storage. Each vbd's decisions are those of its
+//! state machine (`vbd`); this module carries out the actions and brings back the answers.
+
+mod actions;
+mod notices;
+mod scan;
+mod status;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
+
+use xenstore::{JobId, Outcome, Path, WatchToken};
+
+use crate::hypervisor::{DomainId, Hypervisor};
+use crate::journal::JournalStore;
+use crate::limits::{WORLD_READ_INTERVAL, WORLD_READS_BURST};
+use crate::pump::{DiskId, Pump, PumpEvent, QueueId};
+use crate::queue::FrontendMisbehaved;
+use crate::storage::{Identity, OpenError, Opened, Storage};
+use crate::vbd::{
+    self, Address, Config, ConnectPlan, Disconnect, Kind, Misdeed, OpenRequest, Timer, Vbd, World,
+};
+use crate::xenbus::Session;
+use notices::Bucket;
+pub use status::{DeviceStatus, Totals};
+
+/// What the backend was told to do.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The kinds that it claims.
+    pub kinds: Vec<Kind>,
+    /// How each vbd behaves.
+    pub vbd: Config,
+}
+
+/// What a xenstore job was for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Purpose {
+    ReadWorld(Address),
+    Publish(Address),
+    ListGuests(Kind),
+    ListDevices(Kind, DomainId),
+}
+
+/// An image that is open for a device.
+#[derive(Clone, Debug)]
+struct OpenImage {
+    opened: Opened,
+    disk: DiskId,
+    request: OpenRequest,
+}
+
+/// A ring that is being given up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ending {
+    No,
+    /// The pump answers what is in flight.
+    Draining(Disconnect),
+    /// Everything is answered; the disk is being flushed.
+    Syncing(Disconnect),
+}
+
+/// One vbd with all that is held for it.
+struct Device {
+    vbd: Vbd,
+    /// Its watch, its opens.
+    token: u64,
+    image: Option<OpenImage>,
+    opening: Option<OpenRequest>,
+    closing_image: bool,
+    queue: Option<QueueId>,
+    plan: Option<ConnectPlan>,
+    ending: Ending,
+    timers: BTreeMap<Timer, Duration>,
+    reads: Bucket,
+    /// When the read of the world may start that the bucket held back.
+    read_at: Option<Duration>,
+    notices: Bucket,
+    notices_dropped: u64,
+    stopped: bool,
+}
+
+/// An event on its way to a vbd's state machine.
+enum Pending {
+    Step(vbd::Event<'static>),
+    World(Box<World>),
+}
+
+/// All vbds of this domain.
+pub struct Backend<H, S> {
+    options: Options,
+    pump: Pump<H, S>,
+    now: Duration,
+    devices: BTreeMap<Address, Device>,
+    by_token: BTreeMap<u64, Address>,
+    next_token: u64,
+    jobs: BTreeMap<JobId, Purpose>,
+    pending: VecDeque<(Address, Pending)>,
+    /// Device whose read of the world found the client full.
+    crowded: Vec<Address>,
+    stopping: bool,
+}
+
+impl<H: Hypervisor, S: Storage> Backend<H, S> {
+    /// A backend that serves nothing yet. `now` is the caller's clock, which never goes back.
+    #[must_use]
+    pub fn new(
+        options: Options,
+        hypervisor: H,
+        storage: S,
+        journals: Box<dyn JournalStore>,
+        now: Duration,
+    ) -> Backend<H, S> {
+        Backend {
+            options,
+            pump: Pump::new(hypervisor, storage, journals),
+            now,
+            devices: BTreeMap::new(),
+            by_token: BTreeMap::new(),
+            // 0 is the watches of the kinds' directories, numbered by kind; devices follow.
+            next_token: scan::FIRST_DEVICE_TOKEN,
+            jobs: BTreeMap::new(),
+            pending: VecDeque::new(),
+            crowded: Vec::new(),
+            stopping: false,
+        }
+    }
+
+    /// The data path, for whoever polls its descriptors.
+    pub fn pump(&mut self) -> &mut Pump<H, S> {
+        &mut self.pump
+    }
+
+    /// Begins the end: every ring is drained and left to a successor. See [`Backend::stopped`].
+    pub fn stop(&mut self) {
+        self.stopping = true;
+        for address in self.devices.keys() {
+            self.pending.push_back((*address, Pending::Step(vbd::Event::Stop)));
+        }
+    }
+
+    /// True when nothing is held any more.
+    #[must_use]
+    pub fn stopped(&self) -> bool {
+        self.stopping && self.devices.values().all(|device| device.stopped)
+    }
+
+    /// Does all that can be done without waiting: takes what xenstore, storage and the rings brought, and starts what
+    /// follows from it. True when there is more to do at once.
+    pub fn turn(&mut self, session: &mut Session, now: Duration) -> bool {
+        self.now = now;
+        self.fire_timers();
+        while let Some(event) = session.event() {
+            self.store_event(session, event);
+        }
+        self.run_pending(session);
+        let mut more = self.pump.turn(now);
+        more |= self.storage_answers();
+        while let Some(event) = self.pump.event() {
+            self.pump_event(event);
+        }
+        more |= !self.pending.is_empty();
+        self.run_pending(session);
+        more
+    }
+
+    /// When [`Backend::turn`] is due though nothing happens.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Duration> {
+        let timers =
+            self.devices.values().flat_map(|device| device.timers.values().copied().chain(device.read_at));
+        timers.chain(self.pump.deadline()).min()
+    }
+
+    fn fire_timers(&mut self) {
+        let now = self.now;
+        for (address, device) in &mut self.devices {
+            if device.timers.is_empty() && device.read_at.is_none() {
+                continue;
+            }
+            let due: Vec<Timer> =
+                device.timers.iter().filter(|(_, at)| **at <= now).map(|(timer, _)| *timer).collect();
+            for timer in due {
+                device.timers.remove(&timer);
+                self.pending.push_back((*address, Pending::Step(vbd::Event::TimerFired(timer))));
+            }
+            if device.read_at.is_some_and(|at| at <= now) {
+                device.read_at = None;
+                self.crowded.push(*address);
+            }
+        }
+    }
+
+    /// Takes an event of xenstore that somebody else has fetched.
+    pub fn deliver(&mut self, session: &mut Session, event: xenstore::Event) {
+        self.store_event(session, event);
+    }
+
+    fn store_event(&mut self, session: &mut Session, event: xenstore::Event) {
+        match event {
+            xenstore::Event::Reset => self.connection_made(session),
+            xenstore::Event::Watch { token, path } => self.watch_fired(session, token, &path),
+            xenstore::Event::WatchFailed { token, path, code } => {
+                log::error!(
+                    "xenstore refused the watch of {path}: {code}; changes there go unseen (raise the domain's quota of \
+                     watches)"
+                );
+                let _ = token;
+            }
+            xenstore::Event::Job { id, outcome } => {
+                if let Some(purpose) = self.jobs.remove(&id) {
+                    self.job_done(session, purpose, outcome);
+                }
+            }
+        }
+    }
+
+    fn job_done(&mut self, session: &mut Session, purpose: Purpose, outcome: Outcome) {
+        match purpose {
+            Purpose::ReadWorld(address) => self.world_read(address, outcome),
+            Purpose::Publish(address) => {
+                let event = actions::publication_outcome(outcome);
+                self.pending.push_back((address, Pending::Step(event)));
+            }
+            Purpose::ListGuests(kind) => self.guests_listed(session, kind, outcome),
+            Purpose::ListDevices(kind, guest) => self.devices_listed(session, kind, guest, &outcome),
+        }
+    }
+
+    /// Feeds the state machines until none has anything left to say.
+    fn run_pending(&mut self, session: &mut Session) {
+        for address in std::mem::take(&mut self.crowded) {
+            self.read_world(session, address);
+        }
+        let mut actions = Vec::new();
+        while let Some((address, pending)) = self.pending.pop_front() {
+            let Some(device) = self.devices.get_mut(&address) else { continue };
+            match &pending {
+                Pending::Step(event) => device.vbd.step(event.clone(), &mut actions),
+                Pending::World(world) => device.vbd.step(vbd::Event::World(world), &mut actions),
+            }
+            for action in actions.drain(..) {
+                self.act(session, address, action);
+            }
+        }
+    }
+
+    fn pump_event(&mut self, event: PumpEvent) {
+        match event {
+            PumpEvent::Drained(queue) => self.queue_drained(queue),
+            PumpEvent::Synced(disk, durable) => self.disk_synced(disk, durable),
+            PumpEvent::Misbehaved(queue, misdeed) => {
+                let Some(address) = self.device_of(queue) else { return };
+                self.notice(address, log::Level::Warn, &misdeed.to_string());
+                if matches!(misdeed, FrontendMisbehaved::RingOverrun(_)) {
+                    let misdeed = Misdeed::Ring(misdeed.to_string());
+                    self.pending.push_back((address, Pending::Step(vbd::Event::RingBroken(misdeed))));
+                }
+            }
+            PumpEvent::StorageFailed(queue, failure) => {
+                let Some(address) = self.device_of(queue) else { return };
+                let path = self.image_path(address);
+                let text =
+                    format!("{} of {path} failed at byte {}: {}", failure.what, failure.offset_bytes, {
+                        actions::storage_error_text(&failure.error)
+                    });
+                self.notice(address, log::Level::Error, &text);
+            }
+        }
+    }
+
+    fn storage_answers(&mut self) -> bool {
+        let mut any = false;
+        while let Some((token, result)) = self.pump.storage.opened() {
+            any = true;
+            self.image_opened(token, result);
+        }
+        any
+    }
+
+    fn device_of(&self, queue: QueueId) -> Option<Address> {
+        self.devices.iter().find(|(_, device)| device.queue == Some(queue)).map(|(address, _)| *address)
+    }
+
+    fn image_path(&self, address: Address) -> String {
+        let image = self.devices.get(&address).and_then(|device| device.image.as_ref());
+        image.map_or_else(String::new, |image| image.request.image.path.clone())
+    }
+
+    /// Who else has the same file open in a way that does not go together with `request`.
+    fn sharer(&self, address: Address, identity: Identity, request: &OpenRequest) -> Option<Address> {
+        if request.forced {
+            return None;
+        }
+        let clash = |other: &Device| {
+            other.image.as_ref().is_some_and(|image| {
+                image.opened.identity == identity
+                    && !image.request.forced
+                    && !(image.request.read_only && request.read_only)
+            })
+        };
+        let mut others = self.devices.iter().filter(|(other, _)| **other != address);
+        others.find(|(_, device)| clash(device)).map(|(other, _)| *other)
+    }
+
+    fn image_opened(&mut self, token: u64, result: Result<Opened, OpenError>) {
+        let address = self.by_token.get(&token).copied();
+        let request = address
+            .and_then(|address| self.devices.get_mut(&address))
+            .and_then(|device| device.opening.take());
+        let (Some(address), Some(request)) = (address, request) else {
+            // The device went away meanwhile; nobody else will close the file.
+            if let Ok(opened) = result {
+                self.pump.storage.close(opened.file);
+            }
+            return;
+        };
+        let event = match result {
+            Ok(opened) => self.accept_image(address, request, opened),
+            Err(error) => Err(error.to_string()),
+        };
+        self.pending.push_back((address, Pending::Step(vbd::Event::Opened(event))));
+    }
+
+    fn accept_image(
+        &mut self,
+        address: Address,
+        request: OpenRequest,
+        opened: Opened,
+    ) -> Result<vbd::Geometry, String> {
+        let path = &request.image.path;
+        let sectors = opened.size_bytes / 512;
+        let refusal = if let Some(other) = self.sharer(address, opened.identity, &request) {
+            Some(format!(
+                "{path} is in use by guest {} as device {}, and not both read-only; detach it there, or use mode w! if \
+                 the guests know how to share it",
+                other.frontend, other.devid
+            ))
+        } else if sectors == 0 {
+            Some(format!("{path} is smaller than one sector of 512 bytes"))
+        } else {
+            None
+        };
+        if let Some(refusal) = refusal {
+            self.pump.storage.close(opened.file);
+            return Err(refusal);
+        }
+        if !opened.size_bytes.is_multiple_of(512) {
+            let rest = opened.size_bytes % 512;
+            let text =
+                format!("{path}: the last {rest} bytes are no whole sector; the guest does not see them");
+            self.notice(address, log::Level::Warn, &text);
+        }
+        let disk = self.pump.add_disk(opened.file, sectors, request.read_only);
+        let physical_sector_bytes = opened.physical_block_bytes;
+        if let Some(device) = self.devices.get_mut(&address) {
+            device.image = Some(OpenImage { opened, disk, request });
+        }
+        Ok(vbd::Geometry { sectors, physical_sector_bytes })
+    }
+
+    /// A read of a device's nodes is due, unless the guest has caused too many of late.
+    fn read_world(&mut self, session: &mut Session, address: Address) {
+        let now = self.now;
+        let Some(device) = self.devices.get_mut(&address) else { return };
+        if let Err(at) = device.reads.take(now, WORLD_READS_BURST, WORLD_READ_INTERVAL) {
+            device.read_at = Some(at);
+            return;
+        }
+        let own = self.options.vbd.own_domain;
+        let paths: Vec<Path> = vbd::keys().filter_map(|key| actions::path_of(&address, own, &key)).collect();
+        match session.submit(xenstore::Job::Read(paths)) {
+            Ok(id) => {
+                self.jobs.insert(id, Purpose::ReadWorld(address));
+            }
+            Err(_) => self.crowded.push(address),
+        }
+    }
+
+    fn world_read(&mut self, address: Address, outcome: Outcome) {
+        let Outcome::Read(values) = outcome else {
+            // The connection went; after the next one everything is read again. The read that was asked for is still
+            // owed.
+            self.crowded.push(address);
+            return;
+        };
+        let mut world = World::new();
+        for (key, value) in vbd::keys().zip(values) {
+            world.put(key, actions::node_of(value));
+        }
+        self.pending.push_back((address, Pending::World(Box::new(world))));
+    }
+
+    fn watch_fired(&mut self, session: &mut Session, token: WatchToken, path: &Path) {
+        if let Some(address) = self.by_token.get(&token.0).copied() {
+            self.pending.push_back((address, Pending::Step(vbd::Event::Changed)));
+        } else if let Some(kind) = scan::kind_of(token) {
+            self.backend_changed(session, kind, path);
+        }
+    }
+}

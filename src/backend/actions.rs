@@ -1,0 +1,256 @@
+//! The actions of the state machines, carried out.
+
+use rings::Abi;
+use xenstore::{Edit, ErrorCode, Failure, Guard, Job, Outcome, Path};
+
+use super::{Backend, Ending, Pending, Purpose};
+use crate::hypervisor::{DomainId, Hypervisor, HypervisorError};
+use crate::pump::{DiskId, QueueId, RingPlan};
+use crate::storage::{Access, Storage, StorageError};
+use crate::vbd::{
+    self, Action, Address, ConnectError, ConnectPlan, Disconnect, Key, Misdeed, Node, Notice, Side,
+};
+use crate::xenbus::Session;
+
+/// The path of a key of a device.
+pub(super) fn path_of(address: &Address, own: DomainId, key: &Key) -> Option<Path> {
+    let directory = match key.side {
+        Side::Backend => address.backend_path(own),
+        Side::Frontend => address.frontend_path(),
+    };
+    Path::parse(&format!("{directory}/{}", key.name)).ok()
+}
+
+/// What a read of a node says.
+pub(super) fn node_of(value: Result<Vec<u8>, ErrorCode>) -> Node {
+    match value {
+        Ok(bytes) => Node::Present(bytes),
+        Err(ErrorCode::Denied) => Node::Denied,
+        Err(_) => Node::Missing,
+    }
+}
+
+/// What a publication's end means to the state machine.
+pub(super) fn publication_outcome(outcome: Outcome) -> vbd::Event<'static> {
+    match outcome {
+        Outcome::Committed { .. } | Outcome::Done => vbd::Event::Published,
+        Outcome::GuardFailed { .. } | Outcome::Failed(Failure::ConnectionLost { .. }) => {
+            vbd::Event::Superseded
+        }
+        Outcome::Failed(failure) => vbd::Event::PublishFailed(failure.to_string()),
+        other => vbd::Event::PublishFailed(format!("xenstored answered {other:?}")),
+    }
+}
+
+/// An operator's words for a storage error.
+pub(super) fn storage_error_text(error: &StorageError) -> String {
+    match error {
+        StorageError::Os(errno) => std::io::Error::from_raw_os_error(*errno).to_string(),
+        StorageError::PastEnd => "the image is shorter than it was when it was opened".to_owned(),
+    }
+}
+
+impl<H: Hypervisor, S: Storage> Backend<H, S> {
+    pub(super) fn act(&mut self, session: &mut Session, address: Address, action: Action) {
+        log::trace!("{address}: {action:?}");
+        match action {
+            Action::ReadWorld => self.read_world(session, address),
+            Action::Open(request) => {
+                let Some(device) = self.devices.get_mut(&address) else { return };
+                let access = if request.read_only { Access::ReadOnly } else { Access::ReadWrite };
+                let (token, path) = (device.token, request.image.path.clone());
+                device.opening = Some(request);
+                self.pump.storage.open(token, &path, access);
+            }
+            Action::CloseImage => self.close_image(address),
+            Action::Connect(plan) => self.connect(address, plan),
+            Action::Disconnect(how) => self.disconnect(address, how),
+            Action::Publish(publication) => {
+                let own = self.options.vbd.own_domain;
+                let directory = address.backend_path(own);
+                let path = |name: &str| Path::parse(&format!("{directory}/{name}")).ok();
+                let writes = publication.writes.iter();
+                let writes =
+                    writes.filter_map(|(name, value)| Some(Edit::Write(path(name)?, value.clone().into())));
+                let removals = publication.removals.iter().filter_map(|name| Some(Edit::Remove(path(name)?)));
+                self.publish(session, address, &publication.guards, removals.chain(writes).collect());
+            }
+            Action::RemoveBackend(guards) => {
+                let Ok(path) = Path::parse(&address.backend_path(self.options.vbd.own_domain)) else {
+                    return;
+                };
+                self.publish(session, address, &guards, vec![Edit::Remove(path)]);
+            }
+            Action::ArmTimer(timer) => {
+                let at = self.now + std::time::Duration::from_millis(timer.delay_ms());
+                if let Some(device) = self.devices.get_mut(&address) {
+                    device.timers.insert(timer, at);
+                }
+            }
+            Action::CancelTimer(timer) => {
+                if let Some(device) = self.devices.get_mut(&address) {
+                    device.timers.remove(&timer);
+                }
+            }
+            Action::Report(notice) => self.report(address, &notice),
+            Action::Forget => self.forget(session, address),
+            Action::Stopped => {
+                if let Some(device) = self.devices.get_mut(&address) {
+                    device.stopped = true;
+                }
+            }
+        }
+    }
+
+    fn report(&mut self, address: Address, notice: &Notice) {
+        let (level, text) = match notice {
+            Notice::Misbehaved(misdeed) => (log::Level::Warn, misdeed.to_string()),
+            Notice::Refused(text) => (log::Level::Error, format!("not served: {text}")),
+            Notice::WillRetry(text) => (log::Level::Warn, format!("{text}; trying again")),
+            Notice::PublishFailed(text) => (log::Level::Error, format!("xenstore: {text}; trying again")),
+        };
+        self.notice(address, level, &text);
+    }
+
+    fn publish(&mut self, session: &mut Session, address: Address, guards: &[vbd::Guard], edits: Vec<Edit>) {
+        let own = self.options.vbd.own_domain;
+        let guards = guards.iter().filter_map(|guard| {
+            let expected = match &guard.expected {
+                Node::Present(bytes) => Guard::Equals(bytes.clone()),
+                Node::Missing => Guard::Absent,
+                // What may not be read cannot be compared; when that changes, a watch fires.
+                Node::Denied => return None,
+            };
+            Some((path_of(&address, own, &guard.key)?, expected))
+        });
+        match session.submit(Job::Transaction { guards: guards.collect(), edits }) {
+            Ok(id) => {
+                self.jobs.insert(id, Purpose::Publish(address));
+            }
+            Err(error) => {
+                let event = vbd::Event::PublishFailed(error.to_string());
+                self.pending.push_back((address, Pending::Step(event)));
+            }
+        }
+    }
+
+    fn connect(&mut self, address: Address, plan: ConnectPlan) {
+        let event = match self.try_connect(address, &plan) {
+            Ok(queue) => {
+                if let Some(device) = self.devices.get_mut(&address) {
+                    device.queue = Some(queue);
+                    let again = if plan.resume { "taken over from a predecessor" } else { "connected" };
+                    log::info!("{address}: {again}, {}", plan.ring.abi.protocol());
+                    device.plan = Some(plan);
+                }
+                vbd::Event::Connected
+            }
+            Err(error) => vbd::Event::ConnectFailed(error),
+        };
+        self.pending.push_back((address, Pending::Step(event)));
+    }
+
+    fn try_connect(&mut self, address: Address, plan: &ConnectPlan) -> Result<QueueId, ConnectError> {
+        let image = self.devices.get(&address).and_then(|device| device.image.as_ref());
+        let disk = image
+            .map(|image| image.disk)
+            .ok_or_else(|| ConnectError::Failed("no image is open".to_owned()))?;
+        let [queue] = plan.ring.queues.as_slice() else {
+            let queues = u32::try_from(plan.ring.queues.len()).unwrap_or(u32::MAX);
+            return Err(ConnectError::Misbehaved(Misdeed::Queues(queues)));
+        };
+        let abi: Abi = plan.ring.abi;
+        let ring = RingPlan {
+            domain: plan.domain,
+            grants: queue.ring_refs.clone(),
+            remote_port: queue.event_channel,
+            abi,
+            resume: plan.resume,
+            journal: format!("{}-{}-{}-0", address.kind.name(), address.frontend, address.devid),
+        };
+        self.pump.attach(disk, &ring).map_err(|error| match error {
+            HypervisorError::BadGrant(grant) => ConnectError::Misbehaved(Misdeed::BadGrant(grant)),
+            HypervisorError::BadPort(port) => ConnectError::Misbehaved(Misdeed::BadPort(port)),
+            HypervisorError::Failed(call, errno) => {
+                let reason = std::io::Error::from_raw_os_error(errno);
+                ConnectError::Failed(format!("{call} failed: {reason}"))
+            }
+        })
+    }
+
+    fn disconnect(&mut self, address: Address, how: Disconnect) {
+        let Some(device) = self.devices.get_mut(&address) else { return };
+        let Some(queue) = device.queue else {
+            self.pending.push_back((address, Pending::Step(vbd::Event::Disconnected)));
+            return;
+        };
+        match (device.ending, how) {
+            // An abort may overtake a drain; what is past draining ends by itself.
+            (Ending::Syncing(_), _) => return,
+            _ => device.ending = Ending::Draining(how),
+        }
+        match how {
+            Disconnect::Drain => self.pump.close(queue),
+            Disconnect::Abort => self.pump.abort(queue),
+            Disconnect::HandOver => self.pump.quiesce(queue),
+        }
+    }
+
+    pub(super) fn queue_drained(&mut self, queue: QueueId) {
+        let Some(address) = self.device_of(queue) else { return };
+        let Some(device) = self.devices.get_mut(&address) else { return };
+        let Ending::Draining(how) = device.ending else { return };
+        match (&device.image, how) {
+            (Some(image), Disconnect::Drain | Disconnect::HandOver) => {
+                device.ending = Ending::Syncing(how);
+                self.pump.sync(image.disk);
+            }
+            _ => self.disconnected(address, how),
+        }
+    }
+
+    fn disconnected(&mut self, address: Address, how: Disconnect) {
+        let Some(device) = self.devices.get_mut(&address) else { return };
+        device.ending = Ending::No;
+        device.plan = None;
+        if let Some(queue) = device.queue.take()
+            && !self.pump.detach(queue, how != Disconnect::HandOver)
+        {
+            log::error!("{address}: a queue was detached while it owed answers");
+        }
+        self.pending.push_back((address, Pending::Step(vbd::Event::Disconnected)));
+    }
+
+    fn close_image(&mut self, address: Address) {
+        let Some(device) = self.devices.get_mut(&address) else { return };
+        match &device.image {
+            Some(image) => {
+                device.closing_image = true;
+                self.pump.sync(image.disk);
+            }
+            None => self.pending.push_back((address, Pending::Step(vbd::Event::ImageClosed))),
+        }
+    }
+
+    pub(super) fn disk_synced(&mut self, disk: DiskId, durable: bool) {
+        let holds = |device: &super::Device| device.image.as_ref().is_some_and(|image| image.disk == disk);
+        let found = self.devices.iter().find(|(_, device)| holds(device)).map(|(address, _)| *address);
+        let Some(address) = found else { return };
+        if !durable {
+            let path = self.image_path(address);
+            self.notice(
+                address,
+                log::Level::Error,
+                &format!("flushing {path} failed: written data may be lost"),
+            );
+        }
+        let Some(device) = self.devices.get_mut(&address) else { return };
+        if let Ending::Syncing(how) = device.ending {
+            self.disconnected(address, how);
+        } else if std::mem::take(&mut device.closing_image) {
+            device.image = None;
+            self.pump.remove_disk(disk);
+            self.pending.push_back((address, Pending::Step(vbd::Event::ImageClosed)));
+        }
+    }
+}

@@ -1,0 +1,211 @@
+//! `vbdd serve`.
+
+use std::path::PathBuf;
+
+use lexopt::prelude::{Long, Short};
+use lexopt::{Parser, ValueExt};
+use rings::Abi;
+
+use super::usage;
+use crate::error::Error;
+use crate::storage::engine::EngineChoice;
+
+pub(super) const HELP: &str = "\
+vbdd serve serves every disk of the given kinds whose backend is this domain.
+
+Usage: vbdd serve --kind KIND --root DIR [OPTIONS]
+
+  --kind KIND           claim backends of this kind: vbd, vbd3 or qdisk; may be given several times
+  --root DIR            images must lie below this directory; may be given several times
+  --engine ENGINE       auto, uring or aio: how images are read and written (auto)
+  --place PLACE         auto, dom0 or driver-domain: who cleans up after an unplug (auto: dom0 if this domain is 0)
+  --default-abi ABI     x86_64, x86_32 or arm: for a frontend that does not name its ABI (x86_64)
+  --state-dir DIR       where live rings are written down for the next vbdd (/run/vbdd)
+  --xenstore PATH       the socket or device of xenstore (found by itself)
+  --log-level LEVEL     error, warn, info, debug or trace (info); RUST_LOG overrides it
+  --json                errors on standard error as JSON
+  -h, --help            this text
+
+SIGTERM or SIGINT: finishes the requests in flight, makes all data durable, and exits with the guests' rings as they
+are. The next vbdd serve takes them over; guests see a pause. SIGUSR1: writes the status of all disks to the log.
+";
+
+/// Where this process runs, as far as cleaning up goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PlaceOption {
+    /// Dom0 if the domain's number is 0.
+    Auto,
+    /// The toolstack removes the nodes.
+    Dom0,
+    /// The backend removes its nodes after an unplug.
+    DriverDomain,
+}
+
+/// The options of `vbdd serve`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServeOptions {
+    /// Kinds to claim, without repetition.
+    pub kinds: Vec<String>,
+    /// Directories that images must lie below.
+    pub roots: Vec<PathBuf>,
+    /// How images are read and written.
+    pub engine: EngineChoice,
+    /// Who cleans up.
+    pub place: PlaceOption,
+    /// For frontends that name none.
+    pub default_abi: Abi,
+    /// Where the journals of live rings are.
+    pub state_dir: PathBuf,
+    /// The socket or device, where it is not to be found automatically.
+    pub xenstore: Option<PathBuf>,
+    /// The level of the log.
+    pub log_level: log::LevelFilter,
+}
+
+/// Reads the options; `None` if help was asked for.
+pub(super) fn parse(parser: &mut Parser) -> Result<Option<ServeOptions>, Error> {
+    let mut options = ServeOptions {
+        kinds: Vec::new(),
+        roots: Vec::new(),
+        engine: EngineChoice::Auto,
+        place: PlaceOption::Auto,
+        default_abi: Abi::X86_64,
+        state_dir: PathBuf::from("/run/vbdd"),
+        xenstore: None,
+        log_level: log::LevelFilter::Info,
+    };
+    while let Some(argument) = parser.next().map_err(|error| usage(&error))? {
+        match argument {
+            Short('h') | Long("help") => return Ok(None),
+            Long("kind") => {
+                let kind = one_of(parser, "--kind", &[("vbd", "vbd"), ("vbd3", "vbd3"), ("qdisk", "qdisk")])?;
+                if !options.kinds.iter().any(|known| known == kind) {
+                    options.kinds.push(kind.to_owned());
+                }
+            }
+            Long("root") => options.roots.push(path(parser)?),
+            Long("engine") => {
+                let engines = [
+                    ("auto", EngineChoice::Auto),
+                    ("uring", EngineChoice::Uring),
+                    ("aio", EngineChoice::Aio),
+                ];
+                options.engine = one_of(parser, "--engine", &engines)?;
+            }
+            Long("place") => {
+                options.place = one_of(
+                    parser,
+                    "--place",
+                    &[
+                        ("auto", PlaceOption::Auto),
+                        ("dom0", PlaceOption::Dom0),
+                        ("driver-domain", PlaceOption::DriverDomain),
+                    ],
+                )?;
+            }
+            Long("default-abi") => {
+                let abis = [("x86_64", Abi::X86_64), ("x86_32", Abi::X86_32), ("arm", Abi::Arm)];
+                options.default_abi = one_of(parser, "--default-abi", &abis)?;
+            }
+            Long("state-dir") => options.state_dir = path(parser)?,
+            Long("xenstore") => options.xenstore = Some(path(parser)?),
+            Long("log-level") => {
+                let text = value(parser)?;
+                options.log_level = text.parse().map_err(|_| {
+                    Error::new(
+                        format!("--log-level {text}: no such level"),
+                        "error, warn, info, debug or trace",
+                    )
+                })?;
+            }
+            Long("json") => {}
+            other => return Err(usage(&other.unexpected())),
+        }
+    }
+    if options.kinds.is_empty() {
+        return Err(Error::new(
+            "no --kind given: nothing to serve",
+            "give --kind vbd, --kind vbd3 or --kind qdisk",
+        ));
+    }
+    if options.roots.is_empty() {
+        let hint = "give --root DIR, the directory that the images are in";
+        return Err(Error::new("no --root given: no image could be opened", hint));
+    }
+    Ok(Some(options))
+}
+
+fn value(parser: &mut Parser) -> Result<String, Error> {
+    parser.value().and_then(|value| value.string()).map_err(|error| usage(&error))
+}
+
+fn path(parser: &mut Parser) -> Result<PathBuf, Error> {
+    parser.value().map(PathBuf::from).map_err(|error| usage(&error))
+}
+
+fn one_of<T: Copy>(parser: &mut Parser, option: &str, choices: &[(&str, T)]) -> Result<T, Error> {
+    let text = value(parser)?;
+    choices.iter().find(|(name, _)| *name == text).map(|(_, choice)| *choice).ok_or_else(|| {
+        let names: Vec<&str> = choices.iter().map(|(name, _)| *name).collect();
+        Error::new(format!("{option} {text}: no such choice"), format!("one of {}", names.join(", ")))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(arguments: &[&str]) -> Result<Option<ServeOptions>, String> {
+        parse(&mut Parser::from_args(arguments)).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn options_are_read() {
+        let options = parsed(&[
+            "--kind",
+            "vbd",
+            "--kind=qdisk",
+            "--kind",
+            "vbd",
+            "--root",
+            "/srv/a",
+            "--root=/srv/b",
+            "--engine",
+            "aio",
+            "--place",
+            "driver-domain",
+            "--default-abi",
+            "x86_32",
+            "--log-level",
+            "debug",
+        ]);
+        let options = options.unwrap().unwrap();
+        assert_eq!(options.kinds, ["vbd", "qdisk"]);
+        assert_eq!(options.roots, [PathBuf::from("/srv/a"), PathBuf::from("/srv/b")]);
+        assert_eq!((options.engine, options.place), (EngineChoice::Aio, PlaceOption::DriverDomain));
+        assert_eq!((options.default_abi, options.log_level), (Abi::X86_32, log::LevelFilter::Debug));
+        assert_eq!(parsed(&["--help"]), Ok(None));
+    }
+
+    #[test]
+    fn mistakes_are_named_with_the_choices() {
+        let root = ["--root", "/srv"];
+        for (arguments, expected) in [
+            (vec![], "no --kind given: nothing to serve (give --kind vbd, --kind vbd3 or --kind qdisk)"),
+            (vec!["--kind", "vif"], "--kind vif: no such choice (one of vbd, vbd3, qdisk)"),
+            (
+                vec!["--kind", "vbd", "--engine", "fast"],
+                "--engine fast: no such choice (one of auto, uring, aio)",
+            ),
+            (
+                vec!["--log-level", "loud"],
+                "--log-level loud: no such level (error, warn, info, debug or trace)",
+            ),
+            (vec!["--kind"], "missing argument for option '--kind' (see vbdd --help)"),
+        ] {
+            assert_eq!(parsed(&[&root[..], &arguments].concat()), Err(expected.to_owned()));
+        }
+        let expected = "no --root given: no image could be opened (give --root DIR, the directory that the images are in)";
+        assert_eq!(parsed(&["--kind", "vbd"]), Err(expected.to_owned()));
+    }
+}

@@ -1,0 +1,162 @@
+//! The control door: a unix socket that answers questions about the running process.
+//!
+//! One request a line, one line of JSON as the answer; see `docs/control.md`. Sessions are tasks of a local executor that
+//! the daemon's loop drives: they wait for the poller through [`Wakeups`], and for the backend by leaving a [`Request`].
+//! Control work is rare; that it allocates and takes turns with the rings does no harm.
+
+pub mod client;
+mod session;
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, VecDeque};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::task::Waker;
+use std::time::Duration;
+
+use smol::LocalExecutor;
+
+use crate::error::Error;
+use crate::limits::{CONTROL_SESSION_AGE, CONTROL_SESSIONS_MAX};
+use crate::reactor::{Reactor, Ready};
+
+/// The socket's name within the state directory.
+pub const SOCKET_NAME: &str = "control";
+
+/// A question that a session waits to have answered.
+#[derive(Debug)]
+pub struct Request {
+    /// The words of the line.
+    pub words: Vec<String>,
+    session: usize,
+}
+
+/// What sessions and the loop share: who waits for which descriptor, and questions with their answers.
+#[derive(Debug, Default)]
+struct Shared {
+    wakers: BTreeMap<usize, Waker>,
+    requests: VecDeque<Request>,
+    answers: BTreeMap<usize, String>,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Wakeups(Rc<RefCell<Shared>>);
+
+struct Running {
+    task: smol::Task<()>,
+    stream: Rc<std::os::unix::net::UnixStream>,
+    ends_at: Duration,
+}
+
+/// The door.
+pub struct Server {
+    listener: UnixListener,
+    path: PathBuf,
+    executor: LocalExecutor<'static>,
+    wakeups: Wakeups,
+    sessions: BTreeMap<usize, Running>,
+    first_key: usize,
+}
+
+impl Server {
+    /// Opens the socket in `directory`. Descriptors of sessions are polled under keys from `first_key` on; the listener
+    /// under `first_key` itself.
+    ///
+    /// # Errors
+    /// When the socket cannot be made.
+    pub fn open(directory: &Path, first_key: usize, reactor: &mut Reactor) -> Result<Server, Error> {
+        let path = directory.join(SOCKET_NAME);
+        // The state directory's lock says that no other process listens there.
+        let _ = std::fs::remove_file(&path);
+        let listener = UnixListener::bind(&path).and_then(|listener| {
+            listener.set_nonblocking(true)?;
+            Ok(listener)
+        });
+        let listener = listener.map_err(|error| {
+            Error::new(format!("cannot listen on {}: {error}", path.display()), "see --state-dir")
+        })?;
+        reactor.add(listener.as_fd(), first_key, false)?;
+        Ok(Server {
+            listener,
+            path,
+            executor: LocalExecutor::new(),
+            wakeups: Wakeups::default(),
+            sessions: BTreeMap::new(),
+            first_key,
+        })
+    }
+
+    /// A descriptor of the door is ready.
+    pub fn ready(&mut self, ready: Ready, now: Duration, reactor: &mut Reactor) {
+        if ready.key == self.first_key {
+            self.accept(now, reactor);
+        } else if let Some(waker) = self.wakeups.0.borrow_mut().wakers.remove(&ready.key) {
+            waker.wake();
+        }
+    }
+
+    fn accept(&mut self, now: Duration, reactor: &mut Reactor) {
+        while let Ok((stream, _)) = self.listener.accept() {
+            let free = (self.first_key + 1..).find(|key| !self.sessions.contains_key(key));
+            let Some(key) = free.filter(|_| self.sessions.len() < CONTROL_SESSIONS_MAX) else { continue };
+            if stream.set_nonblocking(true).is_err() || reactor.add(stream.as_fd(), key, false).is_err() {
+                continue;
+            }
+            let stream = Rc::new(stream);
+            let task = self.executor.spawn(session::run(Rc::clone(&stream), key, self.wakeups.clone()));
+            self.sessions.insert(key, Running { task, stream, ends_at: now + CONTROL_SESSION_AGE });
+        }
+    }
+
+    /// Lets sessions run, and returns the next question; answer it with [`Server::answer`].
+    pub fn turn(&mut self, now: Duration, reactor: &mut Reactor) -> Option<Request> {
+        while self.executor.try_tick() {}
+        let over: Vec<usize> = self
+            .sessions
+            .iter()
+            .filter(|(_, session)| session.task.is_finished() || session.ends_at <= now)
+            .map(|(key, _)| *key)
+            .collect();
+        for key in over {
+            if let Some(session) = self.sessions.remove(&key) {
+                reactor.remove(session.stream.as_fd());
+                drop(session);
+            }
+            let mut shared = self.wakeups.0.borrow_mut();
+            shared.wakers.remove(&key);
+            shared.answers.remove(&key);
+            shared.requests.retain(|request| request.session != key);
+        }
+        self.wakeups.0.borrow_mut().requests.pop_front()
+    }
+
+    /// Answers a question with a line of JSON.
+    pub fn answer(&mut self, request: &Request, mut line: String) {
+        line.push('\n');
+        let mut shared = self.wakeups.0.borrow_mut();
+        shared.answers.insert(request.session, line);
+        if let Some(waker) = shared.wakers.remove(&request.session) {
+            waker.wake();
+        }
+    }
+
+    /// When [`Server::turn`] is due though nothing happens: a session has been open for too long.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Duration> {
+        self.sessions.values().map(|session| session.ends_at).min()
+    }
+
+    /// The listener's descriptor.
+    #[must_use]
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}

@@ -1,0 +1,281 @@
+//! `vbdd serve`: the process around the backend. Opens what the machine offers, waits, and feeds the backend.
+
+use std::os::fd::BorrowedFd;
+use std::time::{Duration, Instant};
+
+use log::{info, warn};
+
+use crate::backend::{Backend, Options};
+use crate::cli::serve::{PlaceOption, ServeOptions};
+use crate::control;
+use crate::error::Error;
+use crate::hypervisor::LinuxHypervisor;
+use crate::journal::JournalDirectory;
+use crate::limits::{DATA_MEMORY_BYTES, STOP_PATIENCE};
+use crate::owners;
+use crate::reactor::{Reactor, Ready};
+use crate::signals::{Signal, Signals};
+use crate::storage::linux::{LinuxStorage, Options as StorageOptions};
+use crate::vbd::{Config, Kind, Place};
+use crate::xenbus::{self, Xenbus};
+
+/// Keys of the poller; the control door has those from [`CONTROL`] on.
+const EVENTS: usize = 0;
+const STORE: usize = 1;
+const STORAGE: usize = 2;
+const SIGNALS: usize = 3;
+const CONTROL: usize = 16;
+
+struct Daemon {
+    started: Instant,
+    reactor: Reactor,
+    xenbus: Xenbus,
+    connections_made: u64,
+    polls_writable: bool,
+    signals: Signals,
+    control: control::Server,
+    backend: Backend<LinuxHypervisor, LinuxStorage>,
+    stop_by: Option<Duration>,
+}
+
+/// Serves until a signal ends it.
+///
+/// # Errors
+/// What keeps it from starting, with what to do about it.
+pub fn serve(options: &ServeOptions) -> Result<(), Error> {
+    env_logger::Builder::new()
+        .filter_level(options.log_level)
+        .parse_default_env()
+        .format_timestamp_millis()
+        .init();
+    info!("vbdd {} starts", env!("CARGO_PKG_VERSION"));
+    for kind in &options.kinds {
+        owners::check(std::path::Path::new("/"), kind)?;
+    }
+    let signals = Signals::open()?;
+    let Some(mut daemon) = Daemon::open(options, signals)? else { return Ok(()) };
+    daemon.run();
+    Ok(())
+}
+
+impl Daemon {
+    /// Opens everything; `None` if a signal ended the wait for xenstore.
+    fn open(options: &ServeOptions, mut signals: Signals) -> Result<Option<Daemon>, Error> {
+        let started = Instant::now();
+        let hypervisor = LinuxHypervisor::open()?;
+        let journals = JournalDirectory::open(&options.state_dir)?;
+        let storage = LinuxStorage::new(&StorageOptions {
+            engine: options.engine,
+            roots: options.roots.clone(),
+            pool_bytes: DATA_MEMORY_BYTES,
+            ..StorageOptions::default()
+        })
+        .map_err(|text| Error::new(text, ""))?;
+        info!("storage: {}", storage.engine_text());
+        let mut reactor = Reactor::new()?;
+        reactor.add(hypervisor.events_fd(), EVENTS, false)?;
+        reactor.add(signals.fd(), SIGNALS, false)?;
+        for fd in storage.fds() {
+            // SAFETY: the storage keeps its descriptors open for life, and lives as long as the reactor.
+            reactor.add(unsafe { BorrowedFd::borrow_raw(fd) }, STORAGE, false)?;
+        }
+        let control = control::Server::open(&options.state_dir, CONTROL, &mut reactor)?;
+        let store = xenbus::Options { path: options.xenstore.clone(), seed: seed() };
+        let mut xenbus = Xenbus::open(&store, 0).map_err(|error| Error::new(error.to_string(), ""))?;
+        info!("xenstore: {}", xenbus.place().display());
+        let Some(first_events) = wait_for_domain(&mut xenbus, &mut signals, started)? else {
+            return Ok(None);
+        };
+        if let Some(fd) = xenbus.fd() {
+            reactor.add(fd, STORE, false)?;
+        }
+        let own_domain = xenbus.session().domain().unwrap_or(0);
+        let place = match options.place {
+            PlaceOption::Dom0 => Place::Dom0,
+            PlaceOption::DriverDomain => Place::DriverDomain,
+            PlaceOption::Auto if own_domain == 0 => Place::Dom0,
+            PlaceOption::Auto => Place::DriverDomain,
+        };
+        info!("serving {} as domain {own_domain}, {place:?}", options.kinds.join(", "));
+        let vbd = Config { default_abi: options.default_abi, ..Config::new(own_domain, place) };
+        let kinds = options.kinds.iter().filter_map(|name| Kind::from_name(name)).collect();
+        let options = Options { kinds, vbd };
+        let mut backend = Backend::new(options, hypervisor, storage, Box::new(journals), started.elapsed());
+        for event in first_events {
+            backend.deliver(xenbus.session(), event);
+        }
+        let connections_made = xenbus.connections_made();
+        Ok(Some(Daemon {
+            started,
+            reactor,
+            xenbus,
+            connections_made,
+            polls_writable: false,
+            signals,
+            control,
+            backend,
+            stop_by: None,
+        }))
+    }
+
+    fn run(&mut self) {
+        let mut ready = Vec::new();
+        loop {
+            let now = self.started.elapsed();
+            let more = self.backend.turn(self.xenbus.session(), now);
+            self.answer_control(now);
+            self.xenbus.flush(millis(now));
+            self.poll_store();
+            if self.ended(now) {
+                return;
+            }
+            let timeout = if more { Some(Duration::ZERO) } else { self.timeout() };
+            self.reactor.wait(timeout, &mut ready);
+            let now = self.started.elapsed();
+            for ready in ready.drain(..) {
+                self.dispatch(ready, now);
+            }
+            if self.xenbus.timeout().is_some_and(|at| at <= millis(now)) {
+                self.xenbus.handle_time(millis(now));
+            }
+        }
+    }
+
+    fn dispatch(&mut self, ready: Ready, now: Duration) {
+        match ready.key {
+            EVENTS => self.backend.pump().take_events(),
+            STORE => {
+                if ready.writable {
+                    self.xenbus.handle_writable(millis(now));
+                }
+                if ready.readable {
+                    self.xenbus.handle_readable(millis(now));
+                }
+            }
+            STORAGE => self.backend.pump().storage.ready(),
+            SIGNALS => self.take_signals(now),
+            _ => self.control.ready(ready, now, &mut self.reactor),
+        }
+    }
+
+    fn take_signals(&mut self, now: Duration) {
+        while let Some(signal) = self.signals.take() {
+            match signal {
+                Signal::Stop if self.stop_by.is_none() => {
+                    info!(
+                        "stopping: finishing what is in flight; the rings stay connected for the next vbdd"
+                    );
+                    self.stop_by = Some(now + STOP_PATIENCE);
+                    self.backend.stop();
+                }
+                Signal::Stop => {}
+                Signal::Report => {
+                    for status in self.backend.status() {
+                        info!("{status}");
+                    }
+                }
+            }
+        }
+    }
+
+    fn ended(&self, now: Duration) -> bool {
+        let Some(stop_by) = self.stop_by else { return false };
+        if self.backend.stopped() {
+            info!("stopped: everything is answered and durable");
+            return true;
+        }
+        if now >= stop_by {
+            warn!(
+                "stopped with requests in flight after {} s; the next vbdd repeats them from the journal",
+                STOP_PATIENCE.as_secs()
+            );
+            return true;
+        }
+        false
+    }
+
+    fn answer_control(&mut self, now: Duration) {
+        while let Some(request) = self.control.turn(now, &mut self.reactor) {
+            let words: Vec<&str> = request.words.iter().map(String::as_str).collect();
+            let answer = match words.as_slice() {
+                ["status"] => self.backend.status_text(),
+                ["status", "json"] => self.backend.status_json(),
+                ["version"] => format!("{{\"version\":\"{}\"}}", env!("CARGO_PKG_VERSION")),
+                _ => "{\"error\":\"no such request\",\"hint\":\"status, status json or version\"}".to_owned(),
+            };
+            self.control.answer(&request, answer);
+        }
+    }
+
+    /// Keeps the poller in step with the connection to xenstore, which may be another one, or blocked.
+    fn poll_store(&mut self) {
+        let made = self.xenbus.connections_made();
+        let writable = self.xenbus.wants_write();
+        let Some(fd) = self.xenbus.fd() else { return };
+        let result = if made != self.connections_made {
+            self.connections_made = made;
+            self.reactor.add(fd, STORE, writable)
+        } else if writable != self.polls_writable {
+            self.reactor.modify(fd, STORE, writable)
+        } else {
+            return;
+        };
+        self.polls_writable = writable;
+        if let Err(error) = result {
+            warn!("{error}");
+        }
+    }
+
+    fn timeout(&self) -> Option<Duration> {
+        let store = self.xenbus.timeout().map(Duration::from_millis);
+        let deadlines = [store, self.backend.deadline(), self.control.deadline(), self.stop_by];
+        let first = deadlines.into_iter().flatten().min()?;
+        Some(first.saturating_sub(self.started.elapsed()))
+    }
+}
+
+/// Waits until xenstore has told which domain this is. What else it told meanwhile is returned.
+fn wait_for_domain(
+    xenbus: &mut Xenbus,
+    signals: &mut Signals,
+    started: Instant,
+) -> Result<Option<Vec<xenbus::Event>>, Error> {
+    let mut reactor = Reactor::new()?;
+    reactor.add(signals.fd(), SIGNALS, false)?;
+    let mut events = Vec::new();
+    let mut polled = 0;
+    let mut ready = Vec::new();
+    loop {
+        while let Some(event) = xenbus.session().event() {
+            events.push(event);
+        }
+        if xenbus.session().domain().is_some() {
+            return Ok(Some(events));
+        }
+        xenbus.flush(millis(started.elapsed()));
+        if let Some(fd) = xenbus.fd()
+            && polled != xenbus.connections_made()
+        {
+            polled = xenbus.connections_made();
+            reactor.add(fd, STORE, false)?;
+        }
+        reactor.wait(Some(Duration::from_millis(200)), &mut ready);
+        if ready.drain(..).any(|ready| ready.key == SIGNALS) && signals.take() == Some(Signal::Stop) {
+            return Ok(None);
+        }
+        let now_ms = millis(started.elapsed());
+        xenbus.handle_readable(now_ms);
+        xenbus.handle_time(now_ms);
+    }
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Differs between processes, so that two that clash in xenstore do not clash for ever.
+fn seed() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0, |since| u64::try_from(since.as_nanos() & u128::from(u64::MAX)).unwrap_or(0))
+        ^ u64::from(std::process::id()) << 32
+}

@@ -1,0 +1,190 @@
+//! What a guest reads and writes: an open image, and the order of its flushes.
+//!
+//! A flush covers every write that was taken before it, in whatever queue. Writes are counted in epochs: a flush closes
+//! the current epoch and waits until that epoch and all earlier ones have no write in flight; then one `fdatasync`
+//! serves every flush that is ready. Writes that come later do not wait for it.
+
+use std::collections::VecDeque;
+
+use crate::storage::{FileId, StorageError};
+
+/// Names an epoch of a [`Disk`]: a free-running counter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Epoch(u32);
+
+/// A flush waiting for its turn: whose it is, in the caller's terms.
+pub type FlushToken = u64;
+
+#[derive(Clone, Copy, Debug)]
+struct Closing {
+    writes_in_flight: u32,
+    flush: FlushToken,
+}
+
+/// An open image as the data path sees it.
+#[derive(Debug)]
+pub struct Disk {
+    /// The image.
+    pub file: FileId,
+    /// Size that the guest was told, in sectors of 512 bytes.
+    pub size_sectors: u64,
+    /// Writes are refused (XSA-142).
+    pub read_only: bool,
+    current: u32,
+    writes_in_current: u32,
+    /// Epochs that a flush has closed, oldest first: `current - closed.len() .. current`.
+    closed: VecDeque<Closing>,
+    /// Flushes that the running `fdatasync` serves.
+    serving: Vec<FlushToken>,
+    /// The first failure of an `fdatasync`. A kernel that failed to write a page back forgets it, and the next
+    /// `fdatasync` succeeds; so no later flush of this opening can promise anything.
+    failed: Option<StorageError>,
+}
+
+impl Disk {
+    /// A disk on `file` with no write in flight. `flushes_max` of its flushes can wait without allocation.
+    #[must_use]
+    pub fn new(file: FileId, size_sectors: u64, read_only: bool, flushes_max: usize) -> Disk {
+        Disk {
+            file,
+            size_sectors,
+            read_only,
+            current: 0,
+            writes_in_current: 0,
+            closed: VecDeque::with_capacity(flushes_max),
+            serving: Vec::with_capacity(flushes_max),
+            failed: None,
+        }
+    }
+
+    /// A write was taken: every flush from now on waits for it.
+    pub fn write_begins(&mut self) -> Epoch {
+        self.writes_in_current += 1;
+        Epoch(self.current)
+    }
+
+    /// That write ended, well or badly. A flush may now be ready: see [`Disk::start_flush`].
+    pub fn write_ends(&mut self, epoch: Epoch) {
+        let age = self.current.wrapping_sub(epoch.0) as usize;
+        let count = match self.closed.len().checked_sub(age) {
+            Some(place) if age > 0 => self.closed.get_mut(place).map(|closing| &mut closing.writes_in_flight),
+            _ => Some(&mut self.writes_in_current),
+        };
+        if let Some(count) = count {
+            *count = count.saturating_sub(1);
+        }
+    }
+
+    /// A flush was taken.
+    pub fn flush_begins(&mut self, flush: FlushToken) {
+        self.closed.push_back(Closing { writes_in_flight: self.writes_in_current, flush });
+        self.current = self.current.wrapping_add(1);
+        self.writes_in_current = 0;
+    }
+
+    /// True when an `fdatasync` should be started now, for the flushes whose writes have ended. To be followed by
+    /// [`Disk::flush_ends`] when it is done; until then this answers false.
+    #[must_use]
+    pub fn start_flush(&mut self) -> bool {
+        if !self.serving.is_empty() {
+            return false;
+        }
+        while self.closed.front().is_some_and(|closing| closing.writes_in_flight == 0) {
+            if let Some(closing) = self.closed.pop_front() {
+                self.serving.push(closing.flush);
+            }
+        }
+        !self.serving.is_empty()
+    }
+
+    /// The running `fdatasync` ended: appends the flushes that it served to `served`.
+    pub fn flush_ends(&mut self, served: &mut Vec<FlushToken>) {
+        served.append(&mut self.serving);
+    }
+
+    /// What the flushes that were just served may be told, given how the `fdatasync` ended.
+    ///
+    /// # Errors
+    /// The failure of this or of an earlier one.
+    pub fn judge_flush(&mut self, result: Result<(), StorageError>) -> Result<(), StorageError> {
+        if self.failed.is_none() {
+            self.failed = result.err();
+        }
+        self.failed.clone().map_or(Ok(()), Err)
+    }
+
+    /// True while a flush waits or runs.
+    #[must_use]
+    pub fn flushing(&self) -> bool {
+        !self.serving.is_empty() || !self.closed.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn disk() -> Disk {
+        Disk::new(FileId(1), 100, false, 8)
+    }
+
+    fn served(disk: &mut Disk) -> Vec<FlushToken> {
+        let mut served = Vec::new();
+        disk.flush_ends(&mut served);
+        served
+    }
+
+    #[test]
+    fn a_flush_waits_for_the_writes_before_it_and_for_no_other() {
+        let mut disk = disk();
+        let before = disk.write_begins();
+        disk.flush_begins(1);
+        let after = disk.write_begins();
+        assert!(!disk.start_flush());
+        disk.write_ends(after);
+        assert!(!disk.start_flush(), "only the earlier write counts");
+        disk.write_ends(before);
+        assert!(disk.start_flush() && !disk.start_flush());
+        assert_eq!(served(&mut disk), [1]);
+        assert!(!disk.flushing());
+    }
+
+    #[test]
+    fn one_sync_serves_all_that_are_ready_and_none_that_came_while_it_ran() {
+        let mut disk = disk();
+        let slow = disk.write_begins();
+        disk.flush_begins(1);
+        disk.flush_begins(2);
+        let later = disk.write_begins();
+        disk.flush_begins(3);
+        disk.write_ends(slow);
+        assert!(disk.start_flush());
+        disk.flush_begins(4);
+        disk.write_ends(later);
+        assert!(!disk.start_flush(), "a running sync may have missed what ended since");
+        assert_eq!(served(&mut disk), [1, 2]);
+        assert!(disk.start_flush());
+        assert_eq!(served(&mut disk), [3, 4]);
+    }
+
+    #[test]
+    fn after_a_failed_sync_no_flush_promises_anything() {
+        let mut disk = disk();
+        assert_eq!(disk.judge_flush(Ok(())), Ok(()));
+        assert_eq!(disk.judge_flush(Err(StorageError::Os(5))), Err(StorageError::Os(5)));
+        assert_eq!(disk.judge_flush(Ok(())), Err(StorageError::Os(5)));
+    }
+
+    #[test]
+    fn an_old_write_holds_back_every_later_flush() {
+        let mut disk = disk();
+        let old = disk.write_begins();
+        disk.flush_begins(1);
+        disk.flush_begins(2);
+        disk.flush_begins(3);
+        assert!(!disk.start_flush());
+        disk.write_ends(old);
+        assert!(disk.start_flush());
+        assert_eq!(served(&mut disk), [1, 2, 3]);
+    }
+}

@@ -1,0 +1,53 @@
+//! Every bound of the process, with its sum.
+
+use std::time::Duration;
+
+/// Pages of the largest ring that is mapped: order 4. One mapping request names them all.
+pub const RING_PAGES_MAX: usize = 16;
+
+/// Requests that one queue may take before the next queue has its turn: one page's ring, so that a guest with a deeper
+/// ring cannot hold the others up longer than a guest with a plain one.
+pub const REQUESTS_PER_TURN: u32 = 32;
+
+/// Events without work that are let through at once. Honest frontends cause a few: a request that was found by the last
+/// look at the ring has sent its event too.
+pub const IDLE_EVENTS_FREE: u32 = 4;
+
+/// First and longest delay of an event channel whose events bring no work: 1 ms doubles up to 128 ms, so that a storm
+/// costs at most 8 wake-ups a second and a port.
+pub const EVENT_DELAY_MIN: Duration = Duration::from_millis(1);
+/// See [`EVENT_DELAY_MIN`].
+pub const EVENT_DELAY_MAX: Duration = Duration::from_millis(128);
+
+/// Memory for data in flight, in bytes: 64 MiB hold 1 024 requests of 44 KiB and some more; whoever finds none waits.
+pub const DATA_MEMORY_BYTES: usize = 64 << 20;
+
+/// Rounds that the pump makes before its caller looks at xenstore and timers again: 8 rounds of 32 requests a queue.
+pub const ROUNDS_PER_TURN: u32 = 8;
+
+/// Misdeeds and storage errors that wait to be logged; more are counted and dropped. 64 bytes each: 16 KiB.
+pub const REPORTS_MAX: usize = 256;
+
+/// Disks that are served at once. Each has at most one job with the xenstore client, which takes 1 024.
+pub const DEVICES_MAX: usize = 1000;
+
+/// Reads of one disk's nodes: 20 at once, then 10 a second, so that a frontend that changes its mind all the time costs
+/// at most 250 xenstore requests a second.
+pub const WORLD_READS_BURST: u32 = 20;
+/// See [`WORLD_READS_BURST`].
+pub const WORLD_READ_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Log lines about one disk: 10 at once, then one each 10 seconds; with 1 000 hostile disks 100 lines a second.
+pub const NOTICES_BURST: u32 = 10;
+/// See [`NOTICES_BURST`].
+pub const NOTICE_INTERVAL: Duration = Duration::from_secs(10);
+
+/// How long a stop waits for storage, after which the journal has to serve.
+pub const STOP_PATIENCE: Duration = Duration::from_secs(30);
+
+/// Clients of the control door at once, how long one may stay, and its longest line: 16 × 1 KiB.
+pub const CONTROL_SESSIONS_MAX: usize = 16;
+/// See [`CONTROL_SESSIONS_MAX`].
+pub const CONTROL_SESSION_AGE: Duration = Duration::from_secs(10);
+/// See [`CONTROL_SESSIONS_MAX`].
+pub const CONTROL_LINE_BYTES_MAX: usize = 1024;

@@ -1,0 +1,301 @@
+//! The data path: moves the requests of all queues through their stages, in batches.
+//!
+//! A turn takes requests from every ring that has some, copies the data of all writes in one call, hands all transfers
+//! to storage in one submission, collects what is done, copies the data of all reads in one call, publishes the answers
+//! ring by ring, and at last lets events through again. Nothing here waits, and nothing allocates once the tables have
+//! grown to their working size.
+
+mod ends;
+mod stages;
+mod turn;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
+
+use rings::{Abi, BackRing, SharedPages};
+
+use crate::disk::Disk;
+use crate::hypervisor::{DomainId, GrantRef, Hypervisor, HypervisorError, Port};
+use crate::journal::{Journal, JournalStore, Memory, RECORD_VERSION, RingRecord};
+use crate::limits::REPORTS_MAX;
+use crate::queue::{Counters, FrontendMisbehaved, Queue};
+use crate::storage::{FileId, Storage};
+
+/// Names a queue of the pump.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct QueueId(u32);
+
+/// Names a disk of the pump.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct DiskId(u32);
+
+/// What the pump tells its owner.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PumpEvent {
+    /// A queue that was closed or quiesced has answered everything, and may be detached.
+    Drained(QueueId),
+    /// A frontend did what it must not.
+    Misbehaved(QueueId, FrontendMisbehaved),
+    /// Storage failed a request of this queue: errno.
+    StorageFailed(QueueId, StorageFailure),
+    /// The `sync` of a disk ended; false if the data may not be durable.
+    Synced(DiskId, bool),
+}
+
+/// What failed, for the log.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StorageFailure {
+    /// `read`, `write` or `flush`.
+    pub what: &'static str,
+    /// First byte of the request on the disk.
+    pub offset_bytes: u64,
+    /// Why.
+    pub error: crate::storage::StorageError,
+}
+
+/// Where a ring is, and whose.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RingPlan {
+    /// The guest.
+    pub domain: DomainId,
+    /// Its ring pages, in order.
+    pub grants: Vec<GrantRef>,
+    /// Its event channel.
+    pub remote_port: u32,
+    /// Its dialect.
+    pub abi: Abi,
+    /// The ring is live: a predecessor served it.
+    pub resume: bool,
+    /// The journal's name.
+    pub journal: String,
+}
+
+/// Whose a transfer or a flush is, as storage carries it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Token {
+    /// A request's transfer, or its flush.
+    Request { queue: u32, place: u16 },
+    /// An `fdatasync` of a disk.
+    Flush(u32),
+    /// A flush that the pump's owner asked for.
+    Sync(u32),
+}
+
+impl Token {
+    /// Packs it: kind in the top byte, the queue or disk above the place in the last two bytes.
+    fn encode(self) -> u64 {
+        match self {
+            Token::Request { queue, place } => (u64::from(queue) << 16) | u64::from(place),
+            Token::Flush(disk) => (1 << 56) | (u64::from(disk) << 16),
+            Token::Sync(disk) => (2 << 56) | (u64::from(disk) << 16),
+        }
+    }
+
+    fn decode(token: u64) -> Option<Token> {
+        let number = u32::try_from((token >> 16) & 0xFFFF_FFFF).ok()?;
+        match token >> 56 {
+            0 => Some(Token::Request { queue: number, place: u16::try_from(token & 0xFFFF).ok()? }),
+            1 => Some(Token::Flush(number)),
+            2 => Some(Token::Sync(number)),
+            _ => None,
+        }
+    }
+}
+
+/// The data path over one hypervisor and one storage.
+pub struct Pump<H, S> {
+    /// The hypervisor.
+    pub hypervisor: H,
+    /// The storage.
+    pub storage: S,
+    journals: Box<dyn JournalStore>,
+    queues: Vec<Option<Queue>>,
+    names: Vec<String>,
+    disks: Vec<Option<Disk>>,
+    by_port: BTreeMap<Port, u32>,
+    /// Queues whose ring should be looked at.
+    ready: VecDeque<u32>,
+    /// Queues whose event channel stays masked until then.
+    delayed: Vec<(Duration, u32)>,
+    /// Queues with answers to publish.
+    touched: Vec<u32>,
+    /// Queues with requests that wait for memory.
+    starved: VecDeque<u32>,
+    events: VecDeque<PumpEvent>,
+    scratch: stages::Scratch,
+}
+
+impl<H: Hypervisor, S: Storage> Pump<H, S> {
+    /// A data path without queues.
+    #[must_use]
+    pub fn new(hypervisor: H, storage: S, journals: Box<dyn JournalStore>) -> Pump<H, S> {
+        Pump {
+            hypervisor,
+            storage,
+            journals,
+            queues: Vec::new(),
+            names: Vec::new(),
+            disks: Vec::new(),
+            by_port: BTreeMap::new(),
+            ready: VecDeque::new(),
+            delayed: Vec::new(),
+            touched: Vec::new(),
+            starved: VecDeque::new(),
+            events: VecDeque::new(),
+            scratch: stages::Scratch::default(),
+        }
+    }
+
+    /// Puts an open image behind a disk.
+    pub fn add_disk(&mut self, file: FileId, size_sectors: u64, read_only: bool) -> DiskId {
+        // Every request of a queue of 32 may be a flush; more queues make the tables grow once.
+        let disk = Disk::new(file, size_sectors, read_only, 32);
+        DiskId(place_in(&mut self.disks, disk))
+    }
+
+    /// Removes a disk that no queue uses, and closes its image.
+    pub fn remove_disk(&mut self, disk: DiskId) {
+        if let Some(disk) = self.disks.get_mut(disk.0 as usize).and_then(Option::take) {
+            self.storage.close(disk.file);
+        }
+    }
+
+    /// Tells a disk its new size.
+    pub fn resize_disk(&mut self, disk: DiskId, size_sectors: u64) {
+        if let Some(disk) = self.disk(disk.0) {
+            disk.size_sectors = size_sectors;
+        }
+    }
+
+    /// Makes all that was written durable; answered by [`PumpEvent::Synced`].
+    pub fn sync(&mut self, disk: DiskId) {
+        if let Some(open) = self.disk(disk.0) {
+            open.flush_begins(Token::Sync(disk.0).encode());
+            self.scratch.look_at(disk.0);
+        }
+    }
+
+    /// Maps a ring, binds its event channel and starts to serve it from `disk`.
+    ///
+    /// # Errors
+    /// When the guest's references or port do not hold, or the hypervisor fails; nothing stays mapped or bound.
+    pub fn attach(&mut self, disk: DiskId, plan: &RingPlan) -> Result<QueueId, HypervisorError> {
+        let mapping = self.hypervisor.map(plan.domain, &plan.grants)?;
+        let port = match self.hypervisor.bind(plan.domain, plan.remote_port) {
+            Ok(port) => port,
+            Err(error) => {
+                self.hypervisor.unmap(mapping);
+                return Err(error);
+            }
+        };
+        // SAFETY: the mapping is as long as `grants` says, stays until `detach` or `abort` drops the ring first, and is
+        // not touched but through it.
+        let shared = unsafe { SharedPages::new(mapping.address, plan.grants.len()) };
+        let entries = shared.entries(plan.abi);
+        let record = RingRecord {
+            version: RECORD_VERSION,
+            domain: plan.domain,
+            protocol: plan.abi.protocol().to_owned(),
+            grants: plan.grants.clone(),
+            remote_port: plan.remote_port,
+        };
+        let memory = self.journals.open(&plan.journal, Memory::needed_bytes(entries));
+        let produced = BackRing::responses_produced(&shared);
+        let inherited = match memory {
+            Some(memory) if plan.resume => Journal::inherit(memory, entries, &record, produced),
+            _ => None,
+        };
+        let (journal, owed) = match inherited {
+            Some((journal, owed)) => (Some(journal), owed),
+            None => {
+                (memory.and_then(|memory| Journal::create(memory, entries, &record, produced)), Vec::new())
+            }
+        };
+        // A fresh ring has answered nothing, so this is where it starts too; and a frontend that does not wait for state
+        // 4 may have been served by a predecessor that died before it wrote it.
+        let ring = BackRing::resume(shared, plan.abi, u32::try_from(owed.len()).unwrap_or(0));
+        let mut queue = Queue::new(disk.0, plan.domain, port, ring, mapping, journal);
+        let inherited = queue.inherit(&owed, plan.abi);
+        let id = place_in(&mut self.queues, queue);
+        self.names.resize(self.queues.len(), String::new());
+        if let Some(name) = self.names.get_mut(id as usize) {
+            name.clone_from(&plan.journal);
+        }
+        self.by_port.insert(port, id);
+        for (place, slot) in inherited {
+            self.admit(id, place, &slot);
+        }
+        self.list(id);
+        Ok(QueueId(id))
+    }
+
+    /// The next thing that the owner should know.
+    pub fn event(&mut self) -> Option<PumpEvent> {
+        self.events.pop_front()
+    }
+
+    /// Counts of a queue since it was attached.
+    #[must_use]
+    pub fn counters(&self, queue: QueueId) -> Option<Counters> {
+        self.queues.get(queue.0 as usize)?.as_ref().map(|queue| queue.counters)
+    }
+
+    /// Requests of a queue that were taken and not answered.
+    #[must_use]
+    pub fn unanswered(&self, queue: QueueId) -> usize {
+        self.queues.get(queue.0 as usize).and_then(Option::as_ref).map_or(0, Queue::unanswered)
+    }
+
+    /// When [`Pump::turn`] wants to be called though nothing happens: an event channel's delay ends.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Duration> {
+        self.delayed.iter().map(|(deadline, _)| *deadline).min()
+    }
+
+    fn queue(&mut self, id: u32) -> Option<&mut Queue> {
+        self.queues.get_mut(id as usize).and_then(Option::as_mut)
+    }
+
+    fn disk(&mut self, id: u32) -> Option<&mut Disk> {
+        self.disks.get_mut(id as usize).and_then(Option::as_mut)
+    }
+
+    /// Has the queue's ring looked at in the next turn.
+    fn list(&mut self, id: u32) {
+        if let Some(queue) = self.queue(id)
+            && !queue.listed
+        {
+            queue.listed = true;
+            self.ready.push_back(id);
+        }
+    }
+
+    /// Files an event for the owner. What a guest can cause at will is dropped when the owner is behind; what the owner
+    /// waits for is not.
+    fn report(&mut self, event: PumpEvent) {
+        let owed = matches!(event, PumpEvent::Drained(_) | PumpEvent::Synced(..));
+        if owed || self.events.len() < REPORTS_MAX {
+            self.events.push_back(event);
+        }
+    }
+
+    fn touch(&mut self, id: u32) {
+        if let Some(queue) = self.queue(id)
+            && !queue.touched
+        {
+            queue.touched = true;
+            self.touched.push(id);
+        }
+    }
+}
+
+/// Puts `value` into the first empty place.
+fn place_in<T>(places: &mut Vec<Option<T>>, value: T) -> u32 {
+    let place = places.iter().position(Option::is_none).unwrap_or(places.len());
+    if place == places.len() {
+        places.push(Some(value));
+    } else if let Some(empty) = places.get_mut(place) {
+        *empty = Some(value);
+    }
+    u32::try_from(place).unwrap_or(u32::MAX)
+}

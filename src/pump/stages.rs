@@ -1,0 +1,254 @@
+//! What happens to a request between its ring and storage: memory, grant copies, transfers, flushes.
+
+use rings::{Operation, Status};
+
+use super::{DiskId, Pump, PumpEvent, QueueId, StorageFailure, Token};
+use crate::buffers::Span;
+use crate::hypervisor::{CopyDirection, CopySegment, Hypervisor, Port};
+use crate::queue::{FrontendMisbehaved, Stage};
+use crate::storage::{Done, Io, IoKind, Storage, StorageError};
+
+/// A request whose data is being copied; the segments of a batch lie in the order of its requests.
+#[derive(Clone, Copy, Debug)]
+struct Copying {
+    queue: u32,
+    place: u16,
+    segments: u16,
+}
+
+/// A batch of grant copies, one direction.
+#[derive(Debug, Default)]
+struct Batch {
+    segments: Vec<CopySegment>,
+    requests: Vec<Copying>,
+}
+
+/// Tables that every turn uses again.
+#[derive(Debug, Default)]
+pub(super) struct Scratch {
+    pub(super) ports: Vec<Port>,
+    pub(super) unmask: Vec<Port>,
+    pub(super) resting: Vec<u32>,
+    incoming: Batch,
+    outgoing: Batch,
+    served: Vec<u64>,
+    /// Disks on which a flush may have become ready.
+    flush_disks: Vec<u32>,
+}
+
+impl Scratch {
+    pub(super) fn look_at(&mut self, disk: u32) {
+        if !self.flush_disks.contains(&disk) {
+            self.flush_disks.push(disk);
+        }
+    }
+}
+
+impl<H: Hypervisor, S: Storage> Pump<H, S> {
+    /// Takes what storage has finished, and hands the data of reads to the guests.
+    pub(super) fn collect(&mut self) -> bool {
+        let mut progress = false;
+        while let Some(done) = self.storage.done() {
+            progress = true;
+            match Token::decode(done.token) {
+                Some(Token::Request { queue, place }) => self.transfer_done(queue, place, &done),
+                Some(Token::Flush(disk)) => self.flush_done(disk, done.result),
+                Some(Token::Sync(_)) | None => {}
+            }
+        }
+        let mut batch = std::mem::take(&mut self.scratch.outgoing);
+        self.run_batch(&mut batch, |pump, queue, place, failed| match failed {
+            None => pump.finish(queue, place, Status::Okay),
+            Some(grant) => pump.bad_grant(queue, place, grant),
+        });
+        self.scratch.outgoing = batch;
+        progress
+    }
+
+    fn transfer_done(&mut self, id: u32, place: u16, done: &Done) {
+        self.end_epoch(id, place);
+        let Some(queue) = self.queue(id) else { return };
+        let has_ring = queue.ring.is_some();
+        let Some(one) = queue.in_flight(place) else { return };
+        let (operation, sector) = (one.request.operation, one.request.sector);
+        match (&done.result, operation) {
+            (Err(error), _) => {
+                let what = if operation == Operation::Read { "read" } else { "write" };
+                self.storage_failed(id, what, sector, error.clone());
+                self.finish(id, place, Status::Error);
+            }
+            (Ok(()), Operation::Read) if has_ring => self.queue_copy(id, place, CopyDirection::ToGuest),
+            (Ok(()), _) => self.finish(id, place, Status::Okay),
+        }
+    }
+
+    fn storage_failed(&mut self, id: u32, what: &'static str, sector: u64, error: StorageError) {
+        if let Some(queue) = self.queue(id) {
+            queue.counters.storage_errors += 1;
+        }
+        let failure = StorageFailure { what, offset_bytes: sector.saturating_mul(512), error };
+        self.report(PumpEvent::StorageFailed(QueueId(id), failure));
+    }
+
+    fn queue_copy(&mut self, id: u32, place: u16, direction: CopyDirection) {
+        let Some(queue) = self.queues.get(id as usize).and_then(Option::as_ref) else { return };
+        let batch = match direction {
+            CopyDirection::FromGuest => &mut self.scratch.incoming,
+            CopyDirection::ToGuest => &mut self.scratch.outgoing,
+        };
+        let before = batch.segments.len();
+        queue.copies(place, direction, &mut batch.segments);
+        let segments = u16::try_from(batch.segments.len() - before).unwrap_or(0);
+        batch.requests.push(Copying { queue: id, place, segments });
+    }
+
+    /// Copies a batch, and calls `then` for each of its requests with the grant that failed, if one did.
+    fn run_batch(&mut self, batch: &mut Batch, then: fn(&mut Self, u32, u16, Option<u32>)) {
+        if batch.requests.is_empty() {
+            return;
+        }
+        let whole = self.hypervisor.copy(&mut batch.segments);
+        if let Err(error) = &whole {
+            log::error!("a batch of {} grant copies failed as a whole: {error:?}", batch.segments.len());
+        }
+        let mut rest = batch.segments.as_slice();
+        for request in &batch.requests {
+            let (own, behind) = rest.split_at_checked(request.segments.into()).unwrap_or((rest, &[]));
+            rest = behind;
+            let failed = own.iter().find(|segment| whole.is_err() || !segment.copied);
+            then(self, request.queue, request.place, failed.map(|segment| segment.grant));
+        }
+        batch.segments.clear();
+        batch.requests.clear();
+    }
+
+    /// Fetches the data of all writes of this round from the guests, and queues their transfers.
+    pub(super) fn copy_in(&mut self) -> bool {
+        let mut batch = std::mem::take(&mut self.scratch.incoming);
+        let progress = !batch.requests.is_empty();
+        self.run_batch(&mut batch, |pump, queue, place, failed| match failed {
+            None => pump.queue_transfer(queue, place, IoKind::Write),
+            Some(grant) => pump.bad_grant(queue, place, grant),
+        });
+        self.scratch.incoming = batch;
+        progress
+    }
+
+    fn bad_grant(&mut self, id: u32, place: u16, grant: u32) {
+        if let Some(queue) = self.queue(id) {
+            queue.counters.refused += 1;
+        }
+        self.report(PumpEvent::Misbehaved(QueueId(id), FrontendMisbehaved::BadGrant(grant)));
+        self.finish(id, place, Status::Error);
+    }
+
+    /// Finds memory for a request's data and sends it on; without memory it stays starved.
+    pub(super) fn start(&mut self, id: u32, place: u16) {
+        let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return };
+        let Some(one) = queue.in_flight(place) else { return };
+        let Some(span) = self.storage.buffers().alloc(one.request.length_bytes()) else {
+            one.stage = Stage::Starved;
+            if !queue.starved {
+                queue.starved = true;
+                self.starved.push_back(id);
+            }
+            return;
+        };
+        one.span = span;
+        one.stage = Stage::Storage;
+        if one.request.operation == Operation::Read {
+            self.queue_transfer(id, place, IoKind::Read);
+        } else {
+            self.queue_copy(id, place, CopyDirection::FromGuest);
+        }
+    }
+
+    fn queue_transfer(&mut self, id: u32, place: u16, kind: IoKind) {
+        let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return };
+        let Some(disk) = self.disks.get(queue.disk as usize).and_then(Option::as_ref) else { return };
+        let Some(one) = queue.in_flight(place) else { return };
+        let offset_bytes = one.request.sector.saturating_mul(rings::SECTOR_BYTES);
+        let token = Token::Request { queue: id, place }.encode();
+        self.storage.queue(Io { token, file: disk.file, kind, offset_bytes, span: one.span });
+    }
+
+    /// Answers a request and gives its memory back.
+    pub(super) fn finish(&mut self, id: u32, place: u16, status: Status) {
+        self.end_epoch(id, place);
+        let Some(queue) = self.queue(id) else { return };
+        let span = queue.answer(place, status);
+        if span != Span::EMPTY {
+            self.storage.buffers().free(span);
+        }
+        self.touch(id);
+    }
+
+    /// From now on, flushes wait for this write.
+    pub(super) fn begin_epoch(&mut self, id: u32, place: u16) {
+        let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return };
+        let Some(disk) = self.disks.get_mut(queue.disk as usize).and_then(Option::as_mut) else { return };
+        if let Some(one) = queue.in_flight(place) {
+            one.epoch = Some(disk.write_begins());
+        }
+    }
+
+    /// Flushes wait for this write no longer. Does nothing for what is no write, or has ended before.
+    fn end_epoch(&mut self, id: u32, place: u16) {
+        let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return };
+        let disk = queue.disk;
+        let Some(epoch) = queue.in_flight(place).and_then(|one| one.epoch.take()) else { return };
+        if let Some(open) = self.disk(disk) {
+            open.write_ends(epoch);
+            if open.flushing() {
+                self.scratch.look_at(disk);
+            }
+        }
+    }
+
+    pub(super) fn start_flushes(&mut self) {
+        while let Some(id) = self.scratch.flush_disks.pop() {
+            let Some(disk) = self.disk(id) else { continue };
+            if !disk.start_flush() {
+                continue;
+            }
+            if disk.read_only {
+                self.flush_done(id, Ok(()));
+                continue;
+            }
+            let (token, file) = (Token::Flush(id).encode(), disk.file);
+            self.storage.queue(Io { token, file, kind: IoKind::Flush, offset_bytes: 0, span: Span::EMPTY });
+        }
+    }
+
+    fn flush_done(&mut self, id: u32, result: Result<(), StorageError>) {
+        let mut served = std::mem::take(&mut self.scratch.served);
+        let Some(disk) = self.disk(id) else { return };
+        disk.flush_ends(&mut served);
+        let result = disk.judge_flush(result);
+        for token in served.drain(..) {
+            match Token::decode(token) {
+                Some(Token::Request { queue, place }) => self.flushed(queue, place, &result),
+                Some(Token::Sync(disk)) => self.report(PumpEvent::Synced(DiskId(disk), result.is_ok())),
+                Some(Token::Flush(_)) | None => {}
+            }
+        }
+        self.scratch.served = served;
+        self.scratch.look_at(id);
+    }
+
+    fn flushed(&mut self, id: u32, place: u16, result: &Result<(), StorageError>) {
+        let Some(one) = self.queue(id).and_then(|queue| queue.in_flight(place)) else { return };
+        let (stage, sector) = (one.stage, one.request.sector);
+        match (result, stage) {
+            (Err(error), _) => {
+                self.storage_failed(id, "flush", sector, error.clone());
+                self.finish(id, place, Status::Error);
+            }
+            (Ok(()), Stage::Preflush) => {
+                self.begin_epoch(id, place);
+                self.start(id, place);
+            }
+            (Ok(()), _) => self.finish(id, place, Status::Okay),
+        }
+    }
+}

@@ -1,0 +1,251 @@
+//! One turn of the pump: rings are looked at, batches pass the stages, answers go out, events are let through again.
+
+use std::time::Duration;
+
+use rings::{Operation, Slot, Status};
+
+use super::{Pump, PumpEvent, QueueId, Token};
+use crate::hypervisor::Hypervisor;
+use crate::limits::{REQUESTS_PER_TURN, ROUNDS_PER_TURN};
+use crate::queue::{FrontendMisbehaved, Intake, Stage};
+use crate::storage::Storage;
+
+impl<H: Hypervisor, S: Storage> Pump<H, S> {
+    /// Reads which event channels have events. To be called when the hypervisor's descriptor is readable.
+    pub fn take_events(&mut self) {
+        let mut ports = std::mem::take(&mut self.scratch.ports);
+        self.hypervisor.pending(&mut ports);
+        for port in ports.drain(..) {
+            let Some(id) = self.by_port.get(&port).copied() else { continue };
+            if let Some(queue) = self.queue(id) {
+                queue.masked = true;
+                queue.announced = true;
+                queue.counters.events += 1;
+            }
+            self.list(id);
+        }
+        self.scratch.ports = ports;
+    }
+
+    /// Does all that can be done without waiting. `now` is any clock that does not go back. True when there is more to
+    /// do at once: the caller looks at its other duties and comes back.
+    pub fn turn(&mut self, now: Duration) -> bool {
+        self.end_delays(now);
+        for _ in 0..ROUNDS_PER_TURN {
+            let mut progress = self.feed_starved();
+            progress |= self.take_requests(now);
+            progress |= self.copy_in();
+            self.start_flushes();
+            self.storage.submit();
+            progress |= self.collect();
+            self.publish();
+            progress |= self.rest();
+            if !progress {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Takes requests from the rings that may have some, a bounded number from each.
+    fn take_requests(&mut self, now: Duration) -> bool {
+        let mut progress = false;
+        for _ in 0..self.ready.len() {
+            let Some(id) = self.ready.pop_front() else { break };
+            self.touch(id);
+            progress |= self.take_from(id, now);
+        }
+        progress
+    }
+
+    fn take_from(&mut self, id: u32, now: Duration) -> bool {
+        let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return false };
+        queue.listed = false;
+        if queue.starved {
+            return false;
+        }
+        let limit = match queue.intake {
+            Intake::Open => REQUESTS_PER_TURN,
+            Intake::Closing(left) => left.min(REQUESTS_PER_TURN),
+            Intake::Closed => return false,
+        };
+        let waiting = match queue.ring.as_mut().map_or(Ok(0), rings::BackRing::look) {
+            Ok(waiting) => waiting,
+            Err(overrun) => {
+                self.broken(id, FrontendMisbehaved::RingOverrun(overrun));
+                return false;
+            }
+        };
+        if std::mem::take(&mut queue.announced) {
+            let delay = queue.event_delay(waiting > 0);
+            if !delay.is_zero() {
+                self.delayed.push((now + delay, id));
+            }
+        }
+        let taking = waiting.min(limit);
+        if let Intake::Closing(left) = &mut queue.intake {
+            *left -= taking;
+            if waiting == 0 || *left == 0 {
+                queue.intake = Intake::Closed;
+            }
+        }
+        for _ in 0..taking {
+            if !self.take_one(id) {
+                break;
+            }
+        }
+        if waiting > taking {
+            self.list(id);
+        }
+        taking > 0
+    }
+
+    /// Takes one request; false if there is none, or no memory for another.
+    fn take_one(&mut self, id: u32) -> bool {
+        let Some(queue) = self.queue(id).filter(|queue| !queue.starved) else { return false };
+        let Some(slot) = queue.ring.as_mut().and_then(rings::BackRing::take) else { return false };
+        if let Some(place) = queue.file(&slot) {
+            self.admit(id, place, &slot);
+        }
+        true
+    }
+
+    pub(super) fn broken(&mut self, id: u32, misdeed: FrontendMisbehaved) {
+        if let Some(queue) = self.queue(id) {
+            queue.intake = Intake::Closed;
+        }
+        self.report(PumpEvent::Misbehaved(QueueId(id), misdeed));
+    }
+
+    /// Reads a slot that was filed, and starts what it asks for.
+    pub(super) fn admit(&mut self, id: u32, place: u16, slot: &Slot) {
+        let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return };
+        let disk_id = queue.disk;
+        let Some(disk) = self.disks.get_mut(disk_id as usize).and_then(Option::as_mut) else { return };
+        let parsed =
+            slot.parse().and_then(|request| request.check_range(disk.size_sectors).map(|()| request));
+        let request = match parsed {
+            Ok(request) => request,
+            Err(refusal) => {
+                return self.refuse(
+                    id,
+                    place,
+                    slot,
+                    refusal.status(),
+                    FrontendMisbehaved::BadRequest(refusal),
+                );
+            }
+        };
+        let (operation, has_data) = (request.operation, !request.segments.is_empty());
+        if disk.read_only && has_data && operation != Operation::Read {
+            return self.refuse(id, place, slot, Status::Error, FrontendMisbehaved::WriteToReadOnly);
+        }
+        match operation {
+            Operation::Read => {
+                queue.keep(place, request, Stage::Starved);
+                self.start(id, place);
+            }
+            Operation::Write => {
+                queue.keep(place, request, Stage::Starved);
+                self.begin_epoch(id, place);
+                self.start(id, place);
+            }
+            Operation::Flush => {
+                queue.keep(place, request, if has_data { Stage::Preflush } else { Stage::Flush });
+                disk.flush_begins(Token::Request { queue: id, place }.encode());
+                self.scratch.look_at(disk_id);
+            }
+        }
+    }
+
+    fn refuse(&mut self, id: u32, place: u16, slot: &Slot, status: Status, misdeed: FrontendMisbehaved) {
+        if let Some(queue) = self.queue(id) {
+            queue.refuse(place, slot, status);
+        }
+        self.touch(id);
+        self.report(PumpEvent::Misbehaved(QueueId(id), misdeed));
+    }
+
+    /// Tries again for the requests that found no memory. Queues take their turns.
+    fn feed_starved(&mut self) -> bool {
+        let mut progress = false;
+        while let Some(id) = self.starved.pop_front() {
+            if let Some(queue) = self.queue(id) {
+                queue.starved = false;
+            }
+            while let Some(place) = self.queue(id).and_then(|queue| queue.next_starved()) {
+                self.start(id, place);
+                if self.queue(id).is_some_and(|queue| queue.starved) {
+                    return progress;
+                }
+                progress = true;
+            }
+            self.list(id);
+        }
+        progress
+    }
+
+    /// Makes answers visible and tells the guests.
+    fn publish(&mut self) {
+        let mut touched = std::mem::take(&mut self.touched);
+        for id in touched.drain(..) {
+            let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { continue };
+            queue.touched = false;
+            if queue.publish() {
+                self.hypervisor.notify(queue.port);
+            }
+            let rests = queue.intake == Intake::Open && !queue.listed && !queue.starved;
+            if queue.closing && queue.intake == Intake::Closed && queue.unanswered() == 0 {
+                queue.closing = false;
+                self.report(PumpEvent::Drained(QueueId(id)));
+            } else if rests {
+                self.scratch.resting.push(id);
+            } else if matches!(queue.intake, Intake::Closing(_)) {
+                self.list(id);
+            }
+        }
+        self.touched = touched;
+    }
+
+    /// Lets events through again for queues that have nothing waiting, then looks at their rings once more: what came
+    /// before the port was unmasked may not have been announced. True if something had come.
+    fn rest(&mut self) -> bool {
+        let mut resting = std::mem::take(&mut self.scratch.resting);
+        let mut ports = std::mem::take(&mut self.scratch.unmask);
+        if !self.delayed.is_empty() {
+            resting.retain(|id| !self.delayed.iter().any(|(_, delayed)| delayed == id));
+        }
+        for id in &resting {
+            if let Some(queue) = self.queue(*id).filter(|queue| queue.masked) {
+                queue.masked = false;
+                ports.push(queue.port);
+            }
+        }
+        if !ports.is_empty() {
+            self.hypervisor.unmask(&ports);
+            ports.clear();
+        }
+        let mut more = false;
+        for id in resting.drain(..) {
+            let Some(ring) = self.queue(id).and_then(|queue| queue.ring.as_mut()) else { continue };
+            match ring.rest() {
+                Ok(0) => {}
+                Ok(_) => {
+                    more = true;
+                    self.list(id);
+                }
+                Err(overrun) => self.broken(id, FrontendMisbehaved::RingOverrun(overrun)),
+            }
+        }
+        self.scratch.resting = resting;
+        self.scratch.unmask = ports;
+        more
+    }
+
+    fn end_delays(&mut self, now: Duration) {
+        while let Some(at) = self.delayed.iter().position(|(deadline, _)| *deadline <= now) {
+            let (_, id) = self.delayed.swap_remove(at);
+            self.list(id);
+        }
+    }
+}

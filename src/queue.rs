@@ -1,0 +1,319 @@
+//! One queue: a guest's ring, its event channel, and the requests in flight.
+//!
+//! A queue owns what it has taken from the ring until the answer is published; the pump (see `pump`) moves all queues
+//! through the stages together, so that system calls are per batch and not per request.
+
+use std::time::Duration;
+
+use rings::{Abi, BackRing, Operation, Overrun, Request, Slot, Status};
+
+use crate::buffers::Span;
+use crate::disk::Epoch;
+use crate::hypervisor::{CopyDirection, CopySegment, DomainId, Port, RingMapping};
+use crate::journal::{Journal, Owed};
+use crate::limits::{EVENT_DELAY_MAX, EVENT_DELAY_MIN, IDLE_EVENTS_FREE};
+
+/// Where a request in flight stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stage {
+    /// There was no memory for its data; tried again when some is freed.
+    Starved,
+    /// A flush with data waits for its flush before it writes.
+    Preflush,
+    /// With the storage.
+    Storage,
+    /// A flush without data waits for its `fdatasync`.
+    Flush,
+}
+
+/// A request between being taken and being answered.
+#[derive(Clone, Debug)]
+pub(crate) struct InFlight {
+    pub(crate) request: Request,
+    pub(crate) span: Span,
+    pub(crate) stage: Stage,
+    pub(crate) epoch: Option<Epoch>,
+}
+
+/// What the guest did that a frontend must not do. Named for the log; the guest itself sees an error status.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FrontendMisbehaved {
+    /// Its producer index claims more requests than the ring holds. The ring is dead until it reconnects.
+    RingOverrun(Overrun),
+    /// A request's grant reference could not be copied.
+    BadGrant(u32),
+    /// A request that is malformed, out of range, or not offered.
+    BadRequest(rings::Refusal),
+    /// A write to a disk that was said to be read-only.
+    WriteToReadOnly,
+}
+
+impl std::fmt::Display for FrontendMisbehaved {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            FrontendMisbehaved::RingOverrun(overrun) => write!(
+                f,
+                "the frontend's request index {} does not fit the ring (consumed {}, answered {}); the ring is not \
+                 looked at again until the frontend reconnects",
+                overrun.request_producer, overrun.requests_consumed, overrun.responses_produced
+            ),
+            FrontendMisbehaved::BadGrant(grant) => {
+                write!(f, "a request names grant reference {grant}, which cannot be copied")
+            }
+            FrontendMisbehaved::BadRequest(refusal) => write!(f, "a malformed request: {refusal:?}"),
+            FrontendMisbehaved::WriteToReadOnly => f.write_str("a write to a read-only disk"),
+        }
+    }
+}
+
+/// Counts since the queue was connected.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Reads answered.
+    pub reads: u64,
+    /// Writes answered.
+    pub writes: u64,
+    /// Flushes answered.
+    pub flushes: u64,
+    /// Bytes that reads brought.
+    pub read_bytes: u64,
+    /// Bytes that writes took.
+    pub written_bytes: u64,
+    /// Requests answered with an error because storage failed.
+    pub storage_errors: u64,
+    /// Requests answered with an error or as unsupported because of what the guest sent.
+    pub refused: u64,
+    /// Events that came in.
+    pub events: u64,
+    /// Events sent to the guest.
+    pub notifications: u64,
+}
+
+impl Counters {
+    fn count(&mut self, request: &Request) {
+        let bytes = u64::from(request.length_bytes());
+        match request.operation {
+            Operation::Read => {
+                self.reads += 1;
+                self.read_bytes += bytes;
+            }
+            Operation::Write => {
+                self.writes += 1;
+                self.written_bytes += bytes;
+            }
+            Operation::Flush => {
+                self.flushes += 1;
+                self.written_bytes += bytes;
+            }
+        }
+    }
+}
+
+/// What a queue may still take from its ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Intake {
+    Open,
+    /// Being disconnected: at most this many more, so that a guest that keeps sending cannot delay the end.
+    Closing(u32),
+    /// Nothing more: broken, stopped or aborted.
+    Closed,
+}
+
+/// One ring of a connected vbd.
+#[derive(Debug)]
+pub struct Queue {
+    pub(crate) disk: u32,
+    pub(crate) domain: DomainId,
+    pub(crate) port: Port,
+    /// Gone when the guest is gone and only storage keeps the queue alive.
+    pub(crate) ring: Option<BackRing>,
+    pub(crate) mapping: Option<RingMapping>,
+    pub(crate) intake: Intake,
+    pub(crate) counters: Counters,
+    /// True while the port is masked and the pump has yet to let events through again.
+    pub(crate) masked: bool,
+    /// An event came, and nobody has looked yet whether it brought work.
+    pub(crate) announced: bool,
+    /// True while the pump's list of queues with answers to publish names this one.
+    pub(crate) touched: bool,
+    /// True while the pump's list of queues to look at names this one.
+    pub(crate) listed: bool,
+    /// A request found no memory for its data: no further request is taken until it has.
+    pub(crate) starved: bool,
+    /// The owner waits to be told that everything is answered.
+    pub(crate) closing: bool,
+    journal: Option<Journal>,
+    in_flight: Vec<Option<InFlight>>,
+    free: Vec<u16>,
+    unpublished: Vec<u16>,
+    idle_events: u32,
+}
+
+impl Queue {
+    /// A queue over an attached ring. `owed` are the requests that a predecessor took; the ring counts them as taken.
+    pub(crate) fn new(
+        disk: u32,
+        domain: DomainId,
+        port: Port,
+        ring: BackRing,
+        mapping: RingMapping,
+        journal: Option<Journal>,
+    ) -> Queue {
+        let entries = ring.entries();
+        let slots = u16::try_from(entries).unwrap_or(u16::MAX);
+        Queue {
+            disk,
+            domain,
+            port,
+            ring: Some(ring),
+            mapping: Some(mapping),
+            intake: Intake::Open,
+            counters: Counters::default(),
+            masked: true,
+            announced: false,
+            touched: false,
+            listed: false,
+            starved: false,
+            closing: false,
+            journal,
+            in_flight: (0..slots).map(|_| None).collect(),
+            free: (0..slots).rev().collect(),
+            unpublished: Vec::with_capacity(entries as usize),
+            idle_events: 0,
+        }
+    }
+
+    /// Files a slot that was taken, before anybody reads it. `None` cannot happen while the ring's arithmetic holds: it
+    /// has a place here for each of its own.
+    pub(crate) fn file(&mut self, slot: &Slot) -> Option<u16> {
+        let place = self.free.pop()?;
+        if let Some(journal) = &mut self.journal {
+            journal.taken(place.into(), slot.bytes());
+        }
+        Some(place)
+    }
+
+    /// Takes over what a predecessor owed: each in the place where the journal has it.
+    pub(crate) fn inherit(&mut self, owed: &[Owed], abi: Abi) -> Vec<(u16, Slot)> {
+        let mut inherited = Vec::with_capacity(owed.len());
+        for one in owed {
+            if let Some(at) = self.free.iter().position(|place| u32::from(*place) == one.entry) {
+                inherited.push((self.free.remove(at), Slot::new(one.bytes, abi)));
+            }
+        }
+        inherited
+    }
+
+    /// Puts a well-formed request into its place.
+    pub(crate) fn keep(&mut self, place: u16, request: Request, stage: Stage) {
+        if let Some(entry) = self.in_flight.get_mut(usize::from(place)) {
+            *entry = Some(InFlight { request, span: Span::EMPTY, stage, epoch: None });
+        }
+    }
+
+    pub(crate) fn in_flight(&mut self, place: u16) -> Option<&mut InFlight> {
+        self.in_flight.get_mut(usize::from(place)).and_then(Option::as_mut)
+    }
+
+    /// A request in flight that waits for memory.
+    pub(crate) fn next_starved(&self) -> Option<u16> {
+        let is_starved =
+            |entry: &Option<InFlight>| entry.as_ref().is_some_and(|one| one.stage == Stage::Starved);
+        let place = self.in_flight.iter().position(is_starved)?;
+        u16::try_from(place).ok()
+    }
+
+    /// Requests taken and not answered.
+    pub(crate) fn unanswered(&self) -> usize {
+        self.in_flight.len() - self.free.len()
+    }
+
+    /// Answers a request and forgets it. The answer is visible after [`Queue::publish`]. Returns its memory.
+    pub(crate) fn answer(&mut self, place: u16, status: Status) -> Span {
+        let Some(one) = self.in_flight.get_mut(usize::from(place)).and_then(Option::take) else {
+            return Span::EMPTY;
+        };
+        if status == Status::Okay {
+            self.counters.count(&one.request);
+        }
+        self.respond(place, one.request.id, response_operation(one.request.operation), status);
+        one.span
+    }
+
+    /// Answers a slot that was filed and never became a request.
+    pub(crate) fn refuse(&mut self, place: u16, slot: &Slot, status: Status) {
+        self.counters.refused += 1;
+        self.respond(place, slot.id(), slot.response_operation(), status);
+    }
+
+    fn respond(&mut self, place: u16, id: u64, operation: u8, status: Status) {
+        self.free.push(place);
+        if let Some(ring) = &mut self.ring {
+            if let Some(journal) = &mut self.journal {
+                journal.answered(place.into(), ring.next_response());
+                self.unpublished.push(place);
+            }
+            ring.respond(id, operation, status);
+        }
+    }
+
+    /// Makes the answers visible. True when the guest wants an event.
+    pub(crate) fn publish(&mut self) -> bool {
+        let Some(ring) = &mut self.ring else { return false };
+        let notify = ring.publish();
+        if let Some(journal) = &mut self.journal {
+            journal.produced(ring.next_response());
+            for place in self.unpublished.drain(..) {
+                journal.published(place.into());
+            }
+        }
+        self.counters.notifications += u64::from(notify);
+        notify
+    }
+
+    /// The copies that move a request's data, appended to `segments`.
+    pub(crate) fn copies(&self, place: u16, direction: CopyDirection, segments: &mut Vec<CopySegment>) {
+        let Some(one) = self.in_flight.get(usize::from(place)).and_then(Option::as_ref) else { return };
+        let mut at = 0;
+        for segment in &one.request.segments {
+            let length = u32::from(segment.length_bytes());
+            let Some(local) = one.span.part(at, length) else { return };
+            segments.push(CopySegment {
+                domain: self.domain,
+                grant: segment.grant,
+                offset_bytes: segment.offset_bytes(),
+                local,
+                direction,
+                copied: false,
+            });
+            at += length;
+        }
+    }
+
+    /// An event came and brought work, or did not. Returns how long its port should stay masked: a guest that sends
+    /// events without requests pays with latency of its own (XSA-332).
+    pub(crate) fn event_delay(&mut self, brought_work: bool) -> Duration {
+        if brought_work {
+            self.idle_events = 0;
+            return Duration::ZERO;
+        }
+        self.idle_events = self.idle_events.saturating_add(1);
+        match self.idle_events.checked_sub(IDLE_EVENTS_FREE) {
+            None | Some(0) => Duration::ZERO,
+            Some(excess) => (EVENT_DELAY_MIN * (1 << (excess - 1).min(16))).min(EVENT_DELAY_MAX),
+        }
+    }
+
+    /// Gives up the journal, to be closed.
+    pub(crate) fn take_journal(&mut self) -> Option<Journal> {
+        self.journal.take()
+    }
+}
+
+fn response_operation(operation: Operation) -> u8 {
+    match operation {
+        Operation::Read => rings::request::operation::READ,
+        Operation::Write => rings::request::operation::WRITE,
+        Operation::Flush => rings::request::operation::FLUSH,
+    }
+}

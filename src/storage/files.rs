@@ -1,0 +1,122 @@
+//! The table of open files.
+
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+
+use super::FileId;
+use super::hazards::Hazards;
+use super::legs::{SECTOR_BYTES, Shape};
+use super::medium::{Path, Prepared};
+use super::{Access, Identity};
+
+/// Bits of a [`FileId`] that number the place; the others count how often it was used, so that a handle of a closed file
+/// does not mean the next one.
+const PLACE_BITS: u32 = 12;
+
+/// Files open at once: 4096, chains of images included.
+pub(super) const FILES_MAX: u32 = 1 << PLACE_BITS;
+
+/// An open file.
+#[derive(Debug)]
+pub(super) struct File {
+    pub fd: OwnedFd,
+    pub tail: Option<OwnedFd>,
+    pub path: Path,
+    pub shape: Shape,
+    pub access: Access,
+    pub identity: Identity,
+    pub physical_block_bytes: u32,
+    /// The engine's number for it, where it has one.
+    pub attached: Option<u32>,
+    /// Requests not yet finished.
+    pub in_flight: u32,
+    /// To be closed when the last request has finished.
+    pub closing: bool,
+    /// The errno of a flush that failed. Nobody can tell any more which writes are down, so none is vouched for again.
+    pub flush_failed: Option<i32>,
+    /// Whether the log has been told of its oddities.
+    pub warned: bool,
+    /// Only where a block is larger than a sector.
+    pub hazards: Option<Hazards>,
+}
+
+impl File {
+    fn new(prepared: Prepared) -> File {
+        let serialised = prepared.shape.block > SECTOR_BYTES;
+        File {
+            fd: prepared.fd,
+            tail: prepared.tail,
+            path: prepared.path,
+            shape: prepared.shape,
+            access: prepared.access,
+            identity: prepared.identity,
+            physical_block_bytes: prepared.physical_block_bytes,
+            attached: None,
+            in_flight: 0,
+            closing: false,
+            flush_failed: None,
+            warned: false,
+            hazards: serialised.then(|| Hazards::new(prepared.shape)),
+        }
+    }
+
+    /// The descriptor that a leg goes to.
+    pub(super) fn descriptor(&self, tail: bool) -> RawFd {
+        match &self.tail {
+            Some(fd) if tail => fd.as_raw_fd(),
+            _ => self.fd.as_raw_fd(),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Entry {
+    generation: u32,
+    file: Option<File>,
+}
+
+/// All open files.
+#[derive(Debug, Default)]
+pub(super) struct Files {
+    entries: Vec<Entry>,
+    free: Vec<u32>,
+}
+
+impl Files {
+    /// Puts a file into the table. `None` when it is full.
+    pub(super) fn insert(&mut self, prepared: Prepared) -> Option<FileId> {
+        let place = match self.free.pop() {
+            Some(place) => place,
+            None => {
+                let place = u32::try_from(self.entries.len()).ok().filter(|place| *place < FILES_MAX)?;
+                self.entries.push(Entry { generation: 0, file: None });
+                place
+            }
+        };
+        let entry = self.entries.get_mut(place as usize)?;
+        entry.generation = (entry.generation + 1) % (1 << (32 - PLACE_BITS));
+        entry.file = Some(File::new(prepared));
+        Some(FileId(place | entry.generation << PLACE_BITS))
+    }
+
+    fn entry(&mut self, id: FileId) -> Option<&mut Entry> {
+        let entry = self.entries.get_mut(Self::place(id) as usize)?;
+        (entry.generation == id.0 >> PLACE_BITS).then_some(entry)
+    }
+
+    /// The place of a file in the table.
+    pub(super) fn place(id: FileId) -> u32 {
+        id.0 & (FILES_MAX - 1)
+    }
+
+    #[inline]
+    pub(super) fn at(&mut self, id: FileId) -> Option<&mut File> {
+        self.entry(id)?.file.as_mut()
+    }
+
+    /// Takes a file out of the table.
+    pub(super) fn remove(&mut self, id: FileId) -> Option<File> {
+        let file = self.entry(id)?.file.take()?;
+        self.free.push(Self::place(id));
+        Some(file)
+    }
+}

@@ -1,0 +1,209 @@
+//! Opening an image and finding out what its medium asks of transfers. Runs on an opener thread: everything here may block.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use rustix::fs::{AtFlags, OFlags, SeekFrom, StatxFlags};
+use rustix::io::Errno;
+
+use super::legs::{BLOCK_BYTES_MAX, SECTOR_BYTES, Shape};
+use super::{Access, Identity, OpenError};
+use crate::images::{Image, Roots, explain};
+
+/// `statfs` numbers of file systems that live in memory (`linux/magic.h`): tmpfs, ramfs, hugetlbfs.
+const MEMORY_MAGIC: [i64; 3] = [0x0102_1994, 0x8584_58f6, 0x9584_58f6];
+
+/// How often, and how long apart, a device that was busy is tried again: our own last claim of it may still be on its way
+/// out, when a guest hands its disk from a boot loader to a kernel.
+const BUSY_TRIES: u32 = 6;
+const BUSY_PAUSE: std::time::Duration = std::time::Duration::from_millis(50);
+
+/// The largest physical block that is believed, in bytes.
+const PHYSICAL_BYTES_MAX: u32 = 65536;
+
+/// How a file's transfers are done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Path {
+    /// By the engine, past the page cache.
+    Direct,
+    /// By the engine, through the page cache.
+    Cached,
+    /// At once, by the calling thread: the file lives in memory.
+    Memory,
+}
+
+/// An opened image, on its way from the opener to the owner of the file table.
+#[derive(Debug)]
+pub(super) struct Prepared {
+    pub fd: OwnedFd,
+    /// For the ragged end that `O_DIRECT` cannot reach.
+    pub tail: Option<OwnedFd>,
+    pub path: Path,
+    pub shape: Shape,
+    pub access: Access,
+    pub identity: Identity,
+    pub physical_block_bytes: u32,
+}
+
+/// Opens what `path` names.
+pub(super) fn open(
+    roots: &Arc<Roots>,
+    path: &str,
+    access: Access,
+    direct: bool,
+) -> Result<Prepared, OpenError> {
+    let image = roots.locate(path)?;
+    let fail = |errno| explain(path, errno, Some(access));
+    let opening = Opening { roots, image: &image, access };
+    let cached = |fd: OwnedFd, in_memory: bool| opening.cached(path, fd, in_memory);
+    if direct {
+        match opening.attempt(OFlags::DIRECT) {
+            Ok(fd) => {
+                let in_memory = !image.is_device() && is_in_memory(&fd);
+                if !in_memory && let Some((block, memory)) = alignment(&fd, image.is_device()) {
+                    return opening.direct(path, fd, block, memory);
+                }
+                // Before the second open: the claim on a device excludes ourselves too.
+                drop(fd);
+                return cached(opening.attempt(OFlags::empty()).map_err(fail)?, in_memory);
+            }
+            Err(Errno::INVAL) => {}
+            Err(errno) => return Err(fail(errno)),
+        }
+    }
+    let fd = opening.attempt(OFlags::empty()).map_err(fail)?;
+    let in_memory = !image.is_device() && is_in_memory(&fd);
+    cached(fd, in_memory)
+}
+
+struct Opening<'a> {
+    roots: &'a Roots,
+    image: &'a Image,
+    access: Access,
+}
+
+impl Opening<'_> {
+    fn attempt(&self, extra: OFlags) -> Result<OwnedFd, Errno> {
+        let mut tries = 0;
+        loop {
+            match self.roots.open(self.image, self.access, extra) {
+                Err(Errno::BUSY) if tries < BUSY_TRIES => {
+                    tries += 1;
+                    std::thread::sleep(BUSY_PAUSE);
+                }
+                Err(Errno::INTR) => {}
+                other => return other,
+            }
+        }
+    }
+
+    fn direct(&self, path: &str, fd: OwnedFd, block: u32, memory: u32) -> Result<Prepared, OpenError> {
+        let fail = |errno| explain(path, errno, Some(self.access));
+        let shape = Shape::new(size(path, &fd)?, block, memory);
+        let tail = match shape.tail {
+            u64::MAX => None,
+            _ => Some(self.attempt(OFlags::empty()).map_err(fail)?),
+        };
+        Ok(self.prepared(fd, tail, Path::Direct, shape))
+    }
+
+    fn cached(&self, path: &str, fd: OwnedFd, in_memory: bool) -> Result<Prepared, OpenError> {
+        let shape = Shape::new(size(path, &fd)?, 1, 1).cached();
+        let way = if in_memory { Path::Memory } else { Path::Cached };
+        Ok(self.prepared(fd, None, way, shape))
+    }
+
+    fn prepared(&self, fd: OwnedFd, tail: Option<OwnedFd>, path: Path, shape: Shape) -> Prepared {
+        let physical_block_bytes = physical_block(&fd, self.image, shape.block);
+        let (access, identity) = (self.access, self.image.identity);
+        Prepared { fd, tail, path, shape, access, identity, physical_block_bytes }
+    }
+}
+
+/// Size in bytes, of a file or a device.
+fn size(path: &str, fd: &OwnedFd) -> Result<u64, OpenError> {
+    let size = rustix::fs::seek(fd, SeekFrom::End(0)).map_err(|errno| explain(path, errno, None))?;
+    if size == 0 {
+        let reason =
+            String::from("is empty (0 bytes); an image must have its full size before it is attached");
+        return Err(OpenError { path: path.into(), reason });
+    }
+    Ok(size)
+}
+
+fn is_in_memory(fd: &OwnedFd) -> bool {
+    rustix::fs::fstatfs(fd).is_ok_and(|stat| MEMORY_MAGIC.contains(&(stat.f_type & 0xffff_ffff)))
+}
+
+/// What block and memory alignment direct transfers need, in bytes; `None` when they do not work at all.
+///
+/// What the kernel says is tried with a real read, since file systems differ between what they say and what they take.
+fn alignment(fd: &OwnedFd, is_device: bool) -> Option<(u32, u32)> {
+    let (block, memory) = told(fd, is_device)?;
+    let mut block = block.clamp(SECTOR_BYTES, BLOCK_BYTES_MAX);
+    let mut memory = memory.clamp(1, BLOCK_BYTES_MAX);
+    loop {
+        match trial(fd, block, memory) {
+            Ok(()) => return Some((block, memory)),
+            Err(Errno::INVAL) if memory < block => memory = block,
+            Err(Errno::INVAL) if block < BLOCK_BYTES_MAX => {
+                block *= 2;
+                memory = block;
+            }
+            Err(Errno::INVAL) => return None,
+            // The first sectors cannot be read: the guest may still get at the rest.
+            Err(_) => return Some((BLOCK_BYTES_MAX, BLOCK_BYTES_MAX)),
+        }
+    }
+}
+
+/// What the kernel says, or the least where it says nothing.
+fn told(fd: &OwnedFd, is_device: bool) -> Option<(u32, u32)> {
+    let mut block = SECTOR_BYTES;
+    if is_device {
+        block = rustix::fs::ioctl_blksszget(fd).unwrap_or(SECTOR_BYTES);
+    }
+    let stat = rustix::fs::statx(fd, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN);
+    match stat {
+        // Linux 6.1 and a file system that knows.
+        Ok(stat) if stat.stx_mask & StatxFlags::DIOALIGN.bits() != 0 => {
+            let (offset, memory) = (stat.stx_dio_offset_align, stat.stx_dio_mem_align);
+            let sane = |value: u32| value.is_power_of_two() && value <= BLOCK_BYTES_MAX;
+            (sane(offset) && sane(memory)).then_some((offset.max(block), memory))
+        }
+        _ => Some((block, block)),
+    }
+}
+
+/// Reads one block of the file into memory that is aligned no better than asked.
+fn trial(fd: &OwnedFd, block: u32, memory: u32) -> Result<(), Errno> {
+    let (block, memory) = (block as usize, memory as usize);
+    let mut room = vec![0u8; block + 2 * BLOCK_BYTES_MAX as usize];
+    let page = BLOCK_BYTES_MAX as usize;
+    let start = room.as_ptr() as usize;
+    let skip = start.next_multiple_of(page) - start + memory % page;
+    let target = room.get_mut(skip..skip + block).ok_or(Errno::INVAL)?;
+    rustix::io::retry_on_intr(|| rustix::io::pread(fd, &mut *target, 0)).map(|_| ())
+}
+
+/// The block that the medium writes without reading first, in bytes.
+fn physical_block(fd: &OwnedFd, image: &Image, block: u32) -> u32 {
+    let told = match image.identity {
+        Identity::Device { .. } => rustix::fs::ioctl_blkpbszget(fd).ok(),
+        Identity::File { device, .. } => from_sysfs(device),
+    };
+    let least = block.max(SECTOR_BYTES);
+    let sane = |value: &u32| value.is_power_of_two() && (least..=PHYSICAL_BYTES_MAX).contains(value);
+    told.filter(sane).unwrap_or(least)
+}
+
+/// The physical block of the device that holds a file system, where it is a single one. For a partition the queue is its
+/// parent's.
+fn from_sysfs(device: u64) -> Option<u32> {
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+    let base = format!("/sys/dev/block/{major}:{minor}");
+    ["queue", "../queue"].iter().find_map(|queue| {
+        let text = std::fs::read_to_string(format!("{base}/{queue}/physical_block_size")).ok()?;
+        text.trim().parse().ok()
+    })
+}

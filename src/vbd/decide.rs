@@ -1,0 +1,392 @@
+//! What follows from a read of both directories and from what we hold.
+
+use super::action::{
+    Action, Actions, ConnectPlan, Disconnect, Misdeed, Notice, OpenRequest, Place, RingPlan, Timer,
+};
+use super::publish::{self, Wording};
+use super::view::{CLOSED, CLOSING, CONNECTED, Front, INIT_WAIT, INITIALISING, Read, View};
+use super::{Alarm, Attempt, Image, InFlight, Ring, Serving, Setback, Vbd, World};
+
+/// What a step towards a goal came to.
+enum Way {
+    /// There already.
+    Clear,
+    /// An answer or a timer must come first.
+    Wait,
+    /// No way: say so and close.
+    Refuse(String, Option<Misdeed>),
+}
+
+impl Vbd {
+    /// One decision. `stale`: a newer read will follow.
+    pub(super) fn decide(&mut self, world: &World, stale: bool, actions: &mut Actions) {
+        let view = match Read::of(&self.address, &self.config, world) {
+            Read::Gone | Read::NotOurs => return self.leave(stale, actions),
+            Read::Here(view) => *view,
+        };
+        self.observe(&view, actions);
+        if view.be == INITIALISING && self.advanced {
+            if !self.release(Disconnect::Abort, actions) {
+                return;
+            }
+            self.renew(actions);
+        }
+        if view.online {
+            self.decide_online(&view, world, actions)
+        } else {
+            self.decide_offline(&view, world, actions)
+        }
+    }
+
+    /// The directory is gone, or is not for us: let go of everything and be forgotten.
+    fn leave(&mut self, stale: bool, actions: &mut Actions) {
+        for timer in Timer::ALL {
+            self.disarm(timer, actions);
+        }
+        if self.release(Disconnect::Abort, actions) && !stale {
+            self.finished = true;
+            actions.push(Action::Forget);
+        }
+    }
+
+    /// Another device stands where the old one was.
+    fn renew(&mut self, actions: &mut Actions) {
+        for timer in Timer::ALL {
+            self.disarm(timer, actions);
+        }
+        self.setback = None;
+        self.advanced = false;
+        self.prepared = false;
+        self.heir = false;
+    }
+
+    /// Notes what this read tells beyond the moment.
+    fn observe(&mut self, view: &View, actions: &mut Actions) {
+        if !self.seen {
+            self.seen = true;
+            self.heir = matches!(view.be, INIT_WAIT | CONNECTED | CLOSING);
+        }
+        self.advanced |= view.be != INITIALISING;
+        if let Ring::Up(serving) | Ring::Connecting(serving) = &mut self.ring {
+            serving.seen_connected |= view.fe == Front::Connected;
+            serving.seen_closing |= view.fe == Front::Closing;
+        }
+        if matches!(view.fe, Front::Closed | Front::Gone) {
+            // The next handshake deserves a fresh attempt.
+            self.heir = false;
+            self.setback = None;
+            self.disarm(Timer::Retry, actions);
+        }
+        if view.online || view.be != CLOSED {
+            self.disarm(Timer::Linger, actions);
+        }
+    }
+
+    fn decide_offline(&mut self, view: &View, world: &World, actions: &mut Actions) {
+        if view.be == CLOSED {
+            // Whatever the frontend does now, the device is over.
+            if self.release(Disconnect::Drain, actions) && self.config.place == Place::DriverDomain {
+                self.remove_backend(view, world, actions);
+            }
+            return;
+        }
+        match view.fe {
+            Front::Initialised | Front::Connected | Front::Closing | Front::Other => {
+                if view.be != CLOSING {
+                    self.publish_state(CLOSING, view, world, actions);
+                } else if matches!(view.fe, Front::Connected | Front::Closing) {
+                    self.take_over(view, actions);
+                }
+            }
+            Front::Gone => self.close(Disconnect::Abort, view, world, actions),
+            Front::Initialising | Front::Closed => self.close(Disconnect::Drain, view, world, actions),
+        }
+    }
+
+    fn remove_backend(&mut self, view: &View, world: &World, actions: &mut Actions) {
+        match self.alarm(Timer::Linger) {
+            Alarm::Off => self.arm(Timer::Linger, actions),
+            Alarm::Armed => {}
+            Alarm::Fired => {
+                if self.may_publish(view) {
+                    self.publishing = Some(InFlight::Removal);
+                    actions.push(Action::RemoveBackend(publish::guards(world, false, false)));
+                }
+            }
+        }
+    }
+
+    fn decide_online(&mut self, view: &View, world: &World, actions: &mut Actions) {
+        if view.be == INITIALISING {
+            // Whatever the frontend does, the toolstack must get to see 2.
+            if view.fe != Front::Gone {
+                self.prepare(view, world, actions);
+            }
+            return;
+        }
+        match view.fe {
+            Front::Initialising => self.prepare(view, world, actions),
+            Front::Initialised | Front::Connected => self.serve(view, world, actions),
+            Front::Closing => {
+                if view.be != CLOSING && view.be != CLOSED {
+                    self.publish_state(CLOSING, view, world, actions);
+                } else {
+                    self.take_over(view, actions);
+                }
+            }
+            Front::Closed => self.close(Disconnect::Drain, view, world, actions),
+            Front::Gone => self.close(Disconnect::Abort, view, world, actions),
+            Front::Other => match view.be {
+                CONNECTED | CLOSING | CLOSED => {}
+                INIT_WAIT if self.prepared => {}
+                _ => self.prepare(view, world, actions),
+            },
+        }
+    }
+
+    /// Towards 6: ring down, image closed, and only then the state, because the storage may be taken away at once.
+    fn close(&mut self, how: Disconnect, view: &View, world: &World, actions: &mut Actions) {
+        if self.release(how, actions) && view.be != CLOSED {
+            self.publish_state(CLOSED, view, world, actions);
+        }
+    }
+
+    /// Towards 2: no ring, and the image open if we play the script.
+    fn prepare(&mut self, view: &View, world: &World, actions: &mut Actions) {
+        if self.ring != Ring::Down {
+            if matches!(self.ring, Ring::Up(_)) {
+                self.drop_ring(actions);
+            }
+            return;
+        }
+        let way = match &view.device {
+            Err(text) => self.puzzled(text, actions),
+            Ok(device) if view.plays_script => match &device.request {
+                Some(request) => self.open(request, view, actions),
+                None => self.shut(actions),
+            },
+            Ok(_) => Way::Clear,
+        };
+        match way {
+            Way::Clear if view.be == INIT_WAIT && self.prepared => {}
+            Way::Clear => self.publish_state(INIT_WAIT, view, world, actions),
+            Way::Wait => {}
+            Way::Refuse(text, misdeed) => self.refuse(&text, misdeed, view, world, actions),
+        }
+    }
+
+    /// Towards 4: the announced ring mapped and served.
+    fn serve(&mut self, view: &View, world: &World, actions: &mut Actions) {
+        if let Ring::Up(serving) = &self.ring {
+            if serving.is_another(view) {
+                return self.drop_ring(actions);
+            }
+            return self.keep_serving(view, world, actions);
+        }
+        if self.ring != Ring::Down {
+            return;
+        }
+        let way = match (&view.ring, &view.device) {
+            (Err(misdeed), _) => Way::Refuse(misdeed.to_string(), Some(misdeed.clone())),
+            (Ok(_), Err(text)) => self.puzzled(text, actions),
+            (Ok(plan), Ok(device)) => match &device.request {
+                None => Way::Refuse("there is no medium in the drive".to_owned(), None),
+                Some(request) => match self.open(request, view, actions) {
+                    Way::Clear => self.connect(plan, view, actions),
+                    other => other,
+                },
+            },
+        };
+        if let Way::Refuse(text, misdeed) = way {
+            self.refuse(&text, misdeed, view, world, actions);
+        }
+    }
+
+    /// The ring is up and is the frontend's present one: make our state say so, and the sizes be true.
+    fn keep_serving(&mut self, view: &View, world: &World, actions: &mut Actions) {
+        let (Ring::Up(serving), Image::Open(_, geometry)) = (&self.ring, &self.image) else {
+            return;
+        };
+        // A 5 that is not ours asks the frontend to close; it will, or it will not.
+        let said = serving.announced && matches!(view.be, CONNECTED | CLOSING);
+        let resized = view.be == CONNECTED && !publish::says_size(world, *geometry);
+        if !said || resized {
+            return self.publish_state(CONNECTED, view, world, actions);
+        }
+        if let Some(text) = &serving.broken
+            && !publish::says_error(world, text)
+            && self.may_publish(view)
+        {
+            let note = publish::note(world, text);
+            self.publishing = Some(InFlight::Note);
+            actions.push(Action::Publish(note));
+        }
+    }
+
+    /// A frontend that is told to close, or wants to, may go on using the ring that our predecessor served.
+    fn take_over(&mut self, view: &View, actions: &mut Actions) {
+        if !self.heir || self.ring != Ring::Down {
+            return;
+        }
+        if let (Ok(plan), Ok(device)) = (&view.ring, &view.device)
+            && let Some(request) = &device.request
+            && let Way::Clear = self.open(request, view, actions)
+        {
+            self.connect(plan, view, actions);
+        }
+    }
+
+    /// Towards an open image.
+    fn open(&mut self, request: &OpenRequest, view: &View, actions: &mut Actions) -> Way {
+        match &self.image {
+            Image::Open(open, _) if open == request => return Way::Clear,
+            Image::Open(..) => {
+                self.shut(actions);
+                return Way::Wait;
+            }
+            Image::Opening(_) | Image::Closing => return Way::Wait,
+            Image::Closed => {}
+        }
+        let attempt = Attempt::Open(request.clone());
+        match self.again(&attempt, view.script_pending, actions) {
+            Way::Clear => {
+                self.image = Image::Opening(request.clone());
+                actions.push(Action::Open(request.clone()));
+                Way::Wait
+            }
+            other => other,
+        }
+    }
+
+    /// Towards a closed image.
+    fn shut(&mut self, actions: &mut Actions) -> Way {
+        match self.image {
+            Image::Open(..) => {
+                self.image = Image::Closing;
+                actions.push(Action::CloseImage);
+                Way::Wait
+            }
+            Image::Opening(_) | Image::Closing => Way::Wait,
+            Image::Closed => Way::Clear,
+        }
+    }
+
+    fn connect(&mut self, plan: &RingPlan, view: &View, actions: &mut Actions) -> Way {
+        let attempt = Attempt::Connect(plan.clone());
+        match self.again(&attempt, true, actions) {
+            Way::Clear => {
+                let resume = self.heir && matches!(view.be, CONNECTED | CLOSING);
+                self.ring = Ring::Connecting(Serving {
+                    plan: plan.clone(),
+                    announced: resume,
+                    seen_connected: view.fe == Front::Connected,
+                    seen_closing: view.fe == Front::Closing,
+                    broken: None,
+                });
+                let domain = self.address.frontend;
+                actions.push(Action::Connect(ConnectPlan { domain, ring: plan.clone(), resume }));
+                Way::Wait
+            }
+            other => other,
+        }
+    }
+
+    /// Whether an attempt may be made, now, later, or not any more. A disk that a guest relies on is not given up for an
+    /// image that is missing at the moment: its I/O waits.
+    fn again(&mut self, attempt: &Attempt, may_pass: bool, actions: &mut Actions) -> Way {
+        let relied_on = self.heir && matches!(attempt, Attempt::Open(_));
+        let Some(setback) = self.setback.as_mut().filter(|setback| setback.what == *attempt) else {
+            self.setback = None;
+            self.disarm(Timer::Retry, actions);
+            return Way::Clear;
+        };
+        if setback.ready {
+            setback.ready = false;
+            return Way::Clear;
+        }
+        let patient = may_pass && setback.may_pass && setback.attempts < self.config.attempts;
+        if !relied_on && !patient {
+            return Way::Refuse(setback.text.clone(), setback.misdeed.clone());
+        }
+        let text = setback.text.clone();
+        if self.alarm(Timer::Retry) == Alarm::Off {
+            actions.push(Action::Report(Notice::WillRetry(text)));
+            self.arm(Timer::Retry, actions);
+        }
+        Way::Wait
+    }
+
+    /// The toolstack's nodes make no sense. That closes a new device, and not one that a guest relies on.
+    fn puzzled(&mut self, text: &str, actions: &mut Actions) -> Way {
+        if !self.heir {
+            return Way::Refuse(text.to_owned(), None);
+        }
+        let what = Attempt::Understand;
+        if !self.setback.as_ref().is_some_and(|setback| setback.what == what && setback.text == text) {
+            actions.push(Action::Report(Notice::Refused(text.to_owned())));
+            let text = text.to_owned();
+            self.setback =
+                Some(Setback { what, text, misdeed: None, may_pass: false, attempts: 0, ready: false });
+        }
+        Way::Wait
+    }
+
+    /// Says why and closes. The frontend may try anew once it has gone through 6.
+    fn refuse(
+        &mut self,
+        text: &str,
+        misdeed: Option<Misdeed>,
+        view: &View,
+        world: &World,
+        actions: &mut Actions,
+    ) {
+        if !self.release(Disconnect::Drain, actions) {
+            return;
+        }
+        let text = super::bounded(text);
+        if (view.be == CLOSED && publish::says_error(world, &text)) || !self.may_publish(view) {
+            return;
+        }
+        actions.push(Action::Report(match misdeed {
+            Some(misdeed) => Notice::Misbehaved(misdeed),
+            None => Notice::Refused(text.clone()),
+        }));
+        self.publish(CLOSED, Wording::Refusal(text), view, world, actions);
+    }
+
+    fn drop_ring(&mut self, actions: &mut Actions) {
+        self.ring = Ring::Disconnecting(Disconnect::Drain);
+        actions.push(Action::Disconnect(Disconnect::Drain));
+    }
+
+    /// Not while a publication failed a moment ago, nor while a toolstack has yet to see our 2.
+    fn may_publish(&self, view: &View) -> bool {
+        let settling = view.online && view.be == INIT_WAIT && self.alarm(Timer::Settle) == Alarm::Armed;
+        self.publishing.is_none() && self.alarm(Timer::Republish) == Alarm::Off && !settling
+    }
+
+    fn publish_state(&mut self, state: u8, view: &View, world: &World, actions: &mut Actions) {
+        if self.may_publish(view) {
+            self.publish(state, Wording::Plain, view, world, actions);
+        }
+    }
+
+    fn publish(&mut self, state: u8, wording: Wording, view: &View, world: &World, actions: &mut Actions) {
+        let geometry = match &self.image {
+            Image::Open(_, geometry) => Some(*geometry),
+            _ => None,
+        };
+        let publication =
+            publish::state(state, wording, &self.config.offered, view, geometry, &self.image, world);
+        self.publishing = Some(InFlight::State { state, first: view.be == INITIALISING });
+        actions.push(Action::Publish(publication));
+    }
+}
+
+impl Serving {
+    /// Whether the frontend means another ring than this one. Nodes that make no sense mean nothing while it is in use.
+    fn is_another(&self, view: &View) -> bool {
+        let rewritten = view.ring.as_ref().is_ok_and(|plan| *plan != self.plan);
+        rewritten || self.seen_closing || (self.seen_connected && view.fe == Front::Initialised)
+    }
+}

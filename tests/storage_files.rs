@@ -1,0 +1,116 @@
+//! Files of all sorts through both engines: contents, ends, sizes.
+#![allow(missing_docs)]
+
+mod storage_support;
+
+use storage_support::{Directory, Rig, in_memory, on_disk, options};
+use vbdd::storage::engine::EngineChoice;
+use vbdd::storage::{Access, Storage, StorageError};
+
+const ENGINES: [EngineChoice; 2] = [EngineChoice::Uring, EngineChoice::Aio];
+
+/// Every way a file can be served: both engines, past and through the page cache, and in memory.
+fn everywhere(name: &str, mut test: impl FnMut(&mut Rig, &Directory, &str)) {
+    for engine in ENGINES {
+        for direct in [true, false] {
+            let directory = on_disk(name);
+            let mut rig =
+                Rig::new(&vbdd::storage::linux::Options { direct, ..options(&directory.0, engine) });
+            test(&mut rig, &directory, &format!("{engine:?}, direct {direct}"));
+        }
+        let directory = in_memory(name);
+        let mut rig = Rig::new(&options(&directory.0, engine));
+        test(&mut rig, &directory, &format!("{engine:?}, in memory"));
+    }
+}
+
+fn pattern(length: usize, seed: usize) -> Vec<u8> {
+    (0..length).map(|at| u8::try_from((at / 7 + at * seed + seed) % 251).unwrap()).collect()
+}
+
+#[test]
+fn what_is_written_is_read_and_on_disk() {
+    everywhere("contents", |rig, directory, case| {
+        let path = directory.file("image", &pattern(256 * 1024, 3));
+        let opened = rig.open(&path, Access::ReadWrite).unwrap();
+        assert_eq!(opened.size_bytes, 256 * 1024, "{case}");
+        assert_eq!(rig.read(opened.file, 4096, 8192).unwrap(), pattern(256 * 1024, 3)[4096..12288], "{case}");
+        let bytes = pattern(12 * 1024, 5);
+        rig.write(opened.file, 512 * 9, &bytes).unwrap();
+        rig.flush(opened.file).unwrap();
+        assert_eq!(rig.read(opened.file, 512 * 9, bytes.len()).unwrap(), bytes, "{case}");
+        let whole = std::fs::read(&path).unwrap();
+        assert_eq!(whole[512 * 9..512 * 9 + bytes.len()], bytes, "{case}");
+        assert_eq!(whole[..512 * 9], pattern(256 * 1024, 3)[..512 * 9], "{case}");
+        rig.storage.close(opened.file);
+        assert_eq!(rig.read(opened.file, 0, 512), Err(StorageError::Os(libc::EBADF)), "{case}");
+    });
+}
+
+#[test]
+fn odd_sizes() {
+    everywhere("odd", |rig, directory, case| {
+        for size in [1usize, 100, 511, 512, 513, 1000, 4095, 4097, 5000, 5632, 70_001] {
+            let before = pattern(size, 7);
+            let path = directory.file("odd", &before);
+            let opened = rig.open(&path, Access::ReadWrite).unwrap();
+            assert_eq!(opened.size_bytes, size as u64);
+            let sectors = size.div_ceil(512);
+            // All of it and beyond: zeroes behind the end.
+            let mut expected = before.clone();
+            expected.resize(sectors * 512 + 1024, 0);
+            assert_eq!(rig.read(opened.file, 0, expected.len()).unwrap(), expected, "{case}, {size}");
+            assert_eq!(rig.read(opened.file, (sectors as u64 + 100) * 512, 1024).unwrap(), vec![0; 1024]);
+            // The last sector takes a whole write and keeps it; nothing goes further.
+            let last = (sectors as u64 - 1) * 512;
+            let bytes = pattern(512, 11);
+            rig.write(opened.file, last, &bytes).unwrap();
+            assert_eq!(rig.read(opened.file, last, 512).unwrap(), bytes, "{case}, {size}");
+            assert_eq!(rig.write(opened.file, last, &pattern(1024, 1)), Err(StorageError::PastEnd));
+            assert_eq!(rig.write(opened.file, last + 512, &bytes), Err(StorageError::PastEnd));
+            rig.flush(opened.file).unwrap();
+            let whole = std::fs::read(&path).unwrap();
+            assert_eq!(whole.len(), sectors * 512, "{case}, {size}: only the last sector was filled up");
+            let start = sectors * 512 - 512;
+            assert_eq!(whole[start..], bytes);
+            assert_eq!(whole[..start], before[..start]);
+            rig.storage.close(opened.file);
+        }
+    });
+}
+
+#[test]
+fn a_file_keeps_the_size_it_was_opened_with() {
+    everywhere("growing", |rig, directory, case| {
+        let path = directory.file("grows", &pattern(8192, 2));
+        let opened = rig.open(&path, Access::ReadWrite).unwrap();
+        let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+        file.set_len(65536).unwrap();
+        assert_eq!(rig.write(opened.file, 8192, &[1; 512]), Err(StorageError::PastEnd), "{case}");
+        let read = rig.read(opened.file, 4096, 8192).unwrap();
+        assert_eq!(read[..4096], pattern(8192, 2)[4096..], "{case}");
+        assert_eq!(read[4096..], [0; 4096], "{case}");
+        // Cut short: what is missing is an error, not zeroes.
+        file.set_len(4096).unwrap();
+        assert_eq!(rig.read(opened.file, 4096, 4096), Err(StorageError::Os(libc::EIO)), "{case}");
+        assert_eq!(rig.read(opened.file, 0, 4096).unwrap(), pattern(8192, 2)[..4096], "{case}");
+    });
+}
+
+#[test]
+fn refused_requests() {
+    everywhere("refused", |rig, directory, case| {
+        let path = directory.file("image", &[0; 8192]);
+        let opened = rig.open(&path, Access::ReadOnly).unwrap();
+        assert_eq!(rig.write(opened.file, 0, &[1; 512]), Err(StorageError::Os(libc::EROFS)), "{case}");
+        assert_eq!(rig.read(opened.file, 1, 512), Err(StorageError::Os(libc::EINVAL)), "{case}");
+        assert_eq!(rig.read(opened.file, 0, 100), Err(StorageError::Os(libc::EINVAL)), "{case}");
+        assert_eq!(rig.read(vbdd::storage::FileId(77), 0, 512), Err(StorageError::Os(libc::EBADF)), "{case}");
+        rig.flush(opened.file).unwrap();
+        let writable = rig.open(&path, Access::ReadWrite).unwrap();
+        assert_eq!(writable.identity, opened.identity);
+        assert_ne!(writable.file, opened.file);
+        assert_eq!(rig.write(writable.file, u64::MAX - 511, &[1; 512]), Err(StorageError::PastEnd), "{case}");
+        assert_eq!(std::fs::read(&path).unwrap(), [0; 8192]);
+    });
+}
