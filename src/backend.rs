@@ -162,9 +162,8 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
         while let Some(event) = self.pump.event() {
             self.pump_event(event);
         }
-        more |= !self.pending.is_empty();
         self.run_pending(session);
-        more
+        more || self.pump.has_work()
     }
 
     /// When [`Backend::turn`] is due though nothing happens.

@@ -246,6 +246,13 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         self.queues.get(queue.0 as usize).and_then(Option::as_ref).map_or(0, Queue::unanswered)
     }
 
+    /// True when [`Pump::turn`] would do something: a ring to look at or a flush to start, for something was asked of the
+    /// pump since.
+    #[must_use]
+    pub fn has_work(&self) -> bool {
+        !self.ready.is_empty() || self.scratch.has_flushes()
+    }
+
     /// When [`Pump::turn`] wants to be called though nothing happens: an event channel's delay ends.
     #[must_use]
     pub fn deadline(&self) -> Option<Duration> {

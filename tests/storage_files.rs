@@ -1,5 +1,5 @@
 //! Files of all sorts through both engines: contents, ends, sizes.
-#![allow(missing_docs)]
+#![allow(missing_docs, clippy::unwrap_used)]
 
 mod storage_support;
 

@@ -91,7 +91,7 @@ impl Actor {
         assert!(self.errands.insert(id, errand).is_none(), "a job's name was used twice");
     }
 
-    fn event(&mut self, event: Event, calm: bool) {
+    fn event(&mut self, event: Event) {
         match event {
             Event::Reset => {
                 assert_eq!(self.session.domain(), Some(self.domain));
@@ -107,12 +107,12 @@ impl Actor {
             Event::Job { id, outcome } => {
                 self.completed += 1;
                 let errand = self.errands.remove(&id).expect("one completion per job");
-                self.done(errand, outcome, calm);
+                self.done(errand, outcome);
             }
         }
     }
 
-    fn done(&mut self, errand: Errand, outcome: Outcome, calm: bool) {
+    fn done(&mut self, errand: Errand, outcome: Outcome) {
         if let Outcome::Failed(Failure::ConnectionLost { maybe_applied }) = &outcome {
             self.lost += 1;
             match errand {
@@ -151,7 +151,7 @@ impl Actor {
                 match outcome {
                     Outcome::Committed { .. } => drop(self.committed.insert(ledger)),
                     Outcome::GuardFailed { path: at, .. } => assert_eq!(at, path("/counter")),
-                    Outcome::Failed(Failure::Conflict { .. }) if !calm => {}
+                    Outcome::Failed(Failure::Conflict { .. }) => {}
                     other => panic!("{other:?}"),
                 }
             }
@@ -165,7 +165,10 @@ impl Actor {
                 let pairs = names.into_iter().zip(values);
                 self.copy = pairs.filter_map(|(name, value)| Some((name, value.ok()?))).collect();
             }
-            (Errand::Scribble, Outcome::Done | Outcome::Committed { .. }) => {}
+            (
+                Errand::Scribble,
+                Outcome::Done | Outcome::Committed { .. } | Outcome::Failed(Failure::Conflict { .. }),
+            ) => {}
             (errand, outcome) => panic!("{errand:?} ended with {outcome:?}"),
         }
     }
@@ -183,7 +186,7 @@ impl Actor {
             (self.dirty, self.copying) = (false, true);
             self.submit(Job::List(path("/shared")), Errand::List);
         }
-        if !calm && rng.chance(1, 6) && self.errands.len() < 60 {
+        if !calm && rng.chance(1, 20) && self.errands.len() < 60 {
             let at = path(&format!("/shared/{}", rng.below(12)));
             let value = vec![b'a'; rng.below(300)];
             let job = match rng.below(4) {
@@ -249,11 +252,11 @@ impl World {
         let bytes = server.transmit(connection, most);
         actor.session.receive(&bytes).expect("the server keeps to the protocol");
         assert!(!server.is_closed(connection), "the client broke the protocol");
-        *now_ms += u64::try_from(rng.below(20)).unwrap();
+        *now_ms += u64::try_from(rng.below(6)).unwrap();
         actor.session.handle_time(*now_ms);
         for _ in 0..rng.below(6) {
             let Some(event) = actor.session.event() else { break };
-            actor.event(event, calm);
+            actor.event(event);
         }
         actor.act(rng, calm);
     }
@@ -286,7 +289,7 @@ impl World {
             actor.session.receive(&bytes).unwrap();
             while let Some(event) = actor.session.event() {
                 any = true;
-                actor.event(event, true);
+                actor.event(event);
             }
         }
         any

@@ -42,6 +42,10 @@ impl Scratch {
             self.flush_disks.push(disk);
         }
     }
+
+    pub(super) fn has_flushes(&self) -> bool {
+        !self.flush_disks.is_empty()
+    }
 }
 
 impl<H: Hypervisor, S: Storage> Pump<H, S> {

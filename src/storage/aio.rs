@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use rustix::event::EventfdFlags;
 
 use super::engine::{Action, Engine, Landed, Transfer};
+use super::uring::EAGER_BATCH;
 
 /// Transfers in flight that are asked for, largest first: the system's total (`fs.aio-max-nr`) is shared with others.
 const DEPTHS: [u32; 4] = [2048, 1024, 256, 64];
@@ -213,7 +214,7 @@ impl Aio {
     }
 
     /// Takes one answer from the ring.
-    fn from_ring(&mut self) -> Option<Landed> {
+    fn take_from_ring(&mut self) -> Option<Landed> {
         let start = std::ptr::with_exposed_provenance::<u8>(usize::try_from(self.context).ok()?);
         // SAFETY: `ring_is_readable` looked at this very head; it stays mapped as long as we have the context.
         let ring = unsafe { &*start.cast::<RingHead>() };
@@ -277,6 +278,9 @@ impl Engine for Aio {
         }
         self.blocks.push(block);
         self.outstanding += 1;
+        if self.blocks.len() >= EAGER_BATCH as usize {
+            self.submit();
+        }
         true
     }
 
@@ -326,7 +330,7 @@ impl Engine for Aio {
         }
         let landed = match self.answers.pop_front() {
             Some(landed) => Some(landed),
-            None if self.readable_ring => self.from_ring(),
+            None if self.readable_ring => self.take_from_ring(),
             None => None,
         }?;
         self.outstanding -= 1;

@@ -103,6 +103,7 @@ impl std::str::FromStr for EngineChoice {
 
 /// The engines there are. An enum, so that the path of a request has no indirect call.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "there is one for the life of the process")]
 pub(super) enum AnyEngine {
     Uring(Uring),
     Aio(Aio),

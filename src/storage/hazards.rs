@@ -48,8 +48,8 @@ impl Hazards {
     }
 
     fn may_start(&self, slots: &Slots, number: u32) -> bool {
-        !self.collides(slots, number, true)
-            && !(self.partial(slots, number) && self.collides(slots, number, false))
+        let after_whole = self.partial(slots, number) && self.collides(slots, number, false);
+        !after_whole && !self.collides(slots, number, true)
     }
 
     fn list(&mut self, slots: &mut Slots, number: u32) {

@@ -97,7 +97,7 @@ pub(super) fn check(shape: &Shape, kind: IoKind, offset: u64, length: u32) -> Re
         return Ok(());
     }
     let sector = u64::from(SECTOR_BYTES);
-    if offset % sector != 0 || u64::from(length) % sector != 0 || length == 0 {
+    if !offset.is_multiple_of(sector) || !length.is_multiple_of(SECTOR_BYTES) || length == 0 {
         return Err(StorageError::Os(libc::EINVAL));
     }
     let Some(end) = offset.checked_add(u64::from(length)) else {
