@@ -301,7 +301,7 @@ pub(crate) fn explain(path: &str, errno: Errno, access: Option<Access>) -> OpenE
         Errno::XDEV => String::from("leads out of its --root"),
         Errno::NAMETOOLONG => String::from("a part of the path is longer than a file name can be"),
         Errno::ACCESS | Errno::PERM if writing => String::from(
-            "may not be opened for writing by vbdd; check its permissions, or attach it read-only (mode r)",
+            "may not be opened for writing by vbdd: it, or its device, is protected; change that, or attach it read-only (mode r)",
         ),
         Errno::ACCESS | Errno::PERM => String::from("may not be opened by vbdd; check its permissions"),
         Errno::ROFS => String::from(
@@ -322,3 +322,6 @@ pub(crate) fn explain(path: &str, errno: Errno, access: Option<Access>) -> OpenE
     };
     refuse(path, reason)
 }
+
+#[cfg(test)]
+mod tests;

@@ -171,13 +171,17 @@ impl Journal {
         let mut owed = Vec::new();
         for entry in 0..entries {
             match journal.owed(entry, responses_produced) {
-                Some(one) => owed.push(one),
+                Some(one) => {
+                    // It will be answered under another index: the old one must not be taken for it.
+                    journal.store(entry, 0, TAKEN);
+                    owed.push(one);
+                }
                 None => journal.store(entry, 0, FREE),
             }
         }
-        // Taking order is a free-running counter; all that is owed lies within one ring's length of it.
-        let oldest =
-            owed.iter().map(|one| one.order).reduce(|a, b| if b.wrapping_sub(a) > entries { b } else { a });
+        // Taking order is a free-running counter. A request may be in flight while any number of others come and go.
+        let older = |a: u32, b: u32| if b.wrapping_sub(a) > u32::MAX / 2 { b } else { a };
+        let oldest = owed.iter().map(|one| one.order).reduce(older);
         let oldest = oldest.unwrap_or(0);
         owed.sort_by_key(|one| one.order.wrapping_sub(oldest));
         journal.order = owed.last().map_or(0, |one| one.order.wrapping_add(1));
@@ -273,5 +277,75 @@ impl Journal {
             unsafe { std::ptr::copy_nonoverlapping(self.memory.address.add(at), bytes.as_mut_ptr(), N) }
         }
         bytes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[repr(align(4096))]
+    struct Room([u8; 4096 * 2]);
+
+    fn record() -> RingRecord {
+        let protocol = "x86_64-abi".to_owned();
+        RingRecord { version: RECORD_VERSION, domain: 1, protocol, grants: vec![8], remote_port: 3 }
+    }
+
+    fn memory(room: &mut Room) -> Memory {
+        // SAFETY: aligned by its type; the tests touch it through one journal at a time.
+        unsafe { Memory::new(room.0.as_mut_ptr(), room.0.len()) }
+    }
+
+    fn entries(owed: &[Owed]) -> Vec<u32> {
+        owed.iter().map(|one| one.entry).collect()
+    }
+
+    #[test]
+    fn what_is_owed_comes_in_the_order_of_taking_however_old() {
+        let mut room = Room([0; 8192]);
+        let memory = memory(&mut room);
+        let mut journal = Journal::create(memory, 8, &record()).unwrap();
+        for start in [0, u32::MAX - 3] {
+            journal.order = start;
+            journal.taken(5, &[1; LARGEST_STRIDE]);
+            for _ in 0..100 {
+                journal.taken(2, &[2; LARGEST_STRIDE]);
+                journal.answered(2, 0);
+                journal.published(2);
+            }
+            journal.taken(1, &[3; LARGEST_STRIDE]);
+            let (inherited, owed) = Journal::inherit(memory, 8, &record(), 0).unwrap();
+            assert_eq!((entries(&owed), owed[0].bytes), (vec![5, 1], [1; LARGEST_STRIDE]));
+            assert_eq!(inherited.order, start.wrapping_add(102));
+        }
+    }
+
+    #[test]
+    fn an_answer_that_was_not_published_is_owed_again_whatever_is_published_meanwhile() {
+        let mut room = Room([0; 8192]);
+        let memory = memory(&mut room);
+        let mut journal = Journal::create(memory, 8, &record()).unwrap();
+        journal.taken(0, &[0; LARGEST_STRIDE]);
+        journal.answered(0, 40);
+        journal.taken(1, &[1; LARGEST_STRIDE]);
+        let (mut successor, owed) = Journal::inherit(memory, 8, &record(), 40).unwrap();
+        assert_eq!(entries(&owed), [0, 1]);
+        // The successor answers the other one first, and dies.
+        successor.answered(1, 40);
+        let (_, owed) = Journal::inherit(memory, 8, &record(), 41).unwrap();
+        assert_eq!(entries(&owed), [0]);
+    }
+
+    #[test]
+    fn a_journal_of_another_ring_is_not_inherited() {
+        let mut room = Room([0; 8192]);
+        let memory = memory(&mut room);
+        assert!(Journal::inherit(memory, 8, &record(), 0).is_none(), "nothing but zeroes");
+        assert!(Journal::create(memory, 64, &record()).is_none(), "too small");
+        Journal::create(memory, 8, &record()).unwrap().taken(0, &[0; LARGEST_STRIDE]);
+        let other = RingRecord { remote_port: 4, ..record() };
+        assert!(Journal::inherit(memory, 8, &other, 0).is_none());
+        assert!(Journal::inherit(memory, 8, &record(), 0).is_some_and(|(_, owed)| owed.len() == 1));
     }
 }

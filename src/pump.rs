@@ -225,6 +225,10 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         for (place, slot) in inherited {
             self.admit(id, place, &slot);
         }
+        if plan.resume {
+            // The predecessor may have died between publishing answers and announcing them.
+            self.hypervisor.notify(port);
+        }
         self.list(id);
         Ok(QueueId(id))
     }
@@ -240,7 +244,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         self.queues.get(queue.0 as usize)?.as_ref().map(|queue| queue.counters)
     }
 
-    /// Requests of a queue that were taken and not answered.
+    /// Requests of a queue that were taken, and whose answers are not published.
     #[must_use]
     pub fn unanswered(&self, queue: QueueId) -> usize {
         self.queues.get(queue.0 as usize).and_then(Option::as_ref).map_or(0, Queue::unanswered)

@@ -183,8 +183,12 @@ impl Queue {
         }
     }
 
-    /// Files a slot that was taken, before anybody reads it. `None` cannot happen while the ring's arithmetic holds: it
-    /// has a place here for each of its own.
+    /// True if another slot can be filed: each has a place until its answer is published.
+    pub(crate) fn has_place(&self) -> bool {
+        !self.free.is_empty()
+    }
+
+    /// Files a slot that was taken, before anybody reads it. `None` if there is no place: see [`Queue::has_place`].
     pub(crate) fn file(&mut self, slot: &Slot) -> Option<u16> {
         let place = self.free.pop()?;
         if let Some(journal) = &mut self.journal {
@@ -223,7 +227,7 @@ impl Queue {
         u16::try_from(place).ok()
     }
 
-    /// Requests taken and not answered.
+    /// Requests taken whose answers are not published.
     pub(crate) fn unanswered(&self) -> usize {
         self.in_flight.len() - self.free.len()
     }
@@ -247,11 +251,11 @@ impl Queue {
     }
 
     fn respond(&mut self, place: u16, id: u64, operation: u8, status: Status) {
-        self.free.push(place);
+        // The place is used again only when the answer is out: until then its entry in the journal is needed.
+        self.unpublished.push(place);
         if let Some(ring) = &mut self.ring {
             if let Some(journal) = &mut self.journal {
                 journal.answered(place.into(), ring.next_response());
-                self.unpublished.push(place);
             }
             ring.respond(id, operation, status);
         }
@@ -259,13 +263,15 @@ impl Queue {
 
     /// Makes the answers visible. True when the guest wants an event.
     pub(crate) fn publish(&mut self) -> bool {
-        let Some(ring) = &mut self.ring else { return false };
-        let notify = ring.publish();
-        if let Some(journal) = &mut self.journal {
+        let notify = self.ring.as_mut().is_some_and(BackRing::publish);
+        if let (Some(journal), Some(ring)) = (&mut self.journal, &self.ring) {
             journal.produced(ring.next_response());
-            for place in self.unpublished.drain(..) {
+        }
+        for place in self.unpublished.drain(..) {
+            if let Some(journal) = &mut self.journal {
                 journal.published(place.into());
             }
+            self.free.push(place);
         }
         self.counters.notifications += u64::from(notify);
         notify

@@ -15,6 +15,7 @@ mod files;
 mod hazards;
 mod legs;
 mod medium;
+mod requests;
 mod slots;
 
 mod workers;
@@ -139,12 +140,13 @@ pub trait Storage {
     /// The memory that transfers may name.
     fn buffers(&mut self) -> &mut Pool;
 
-    /// Queues a transfer; nothing need start before [`Storage::submit`].
+    /// Queues a transfer; nothing need start before [`Storage::submit`]. Its `Done` may be there at once, without any
+    /// descriptor becoming readable: take [`Storage::done`] until it is empty before waiting.
     fn queue(&mut self, io: Io);
 
     /// Starts all that is queued, with as few system calls as the engine needs.
     fn submit(&mut self);
 
-    /// Takes one finished transfer, if there is one.
+    /// Takes one finished transfer, if there is one. Starts what has to be tried or continued before it says no.
     fn done(&mut self) -> Option<Done>;
 }

@@ -47,6 +47,8 @@ struct Serving {
     plan: RingPlan,
     /// State 4 was published for this ring.
     announced: bool,
+    /// A predecessor served it.
+    inherited: bool,
     /// The frontend was seen in state 4 with this ring: another 3 is another handshake.
     seen_connected: bool,
     /// The frontend was seen in state 5 with this ring: 1, 3 or 4 after that is another handshake.
@@ -184,7 +186,7 @@ impl Vbd {
             return;
         }
         match event {
-            Event::Changed => self.changed(actions),
+            Event::Changed => self.changed(),
             Event::World(world) => return self.world(world, actions),
             Event::Published | Event::Superseded | Event::PublishFailed(_) => {
                 self.publication_ended(event, actions)
@@ -213,7 +215,7 @@ impl Vbd {
         }
     }
 
-    fn changed(&mut self, _actions: &mut Actions) {
+    fn changed(&mut self) {
         if let Reading::Asked { stale } = &mut self.reading {
             *stale = true;
         }
@@ -284,8 +286,10 @@ impl Vbd {
         };
         match result {
             Ok(geometry) => {
+                if self.setback.as_ref().is_some_and(|it| matches!(it.what, Attempt::Open(_))) {
+                    self.setback = None;
+                }
                 self.image = Image::Open(request, geometry);
-                self.setback = None;
             }
             Err(text) => self.failed(Attempt::Open(request), bounded(&text), None, true),
         }
@@ -295,7 +299,7 @@ impl Vbd {
         let Ring::Connecting(serving) = std::mem::replace(&mut self.ring, Ring::Down) else {
             return;
         };
-        self.heir = self.heir && !serving.announced;
+        self.heir = self.heir && !serving.inherited;
         self.ring = Ring::Up(serving);
         self.setback = None;
     }
@@ -308,7 +312,7 @@ impl Vbd {
         match error {
             // A ring that a predecessor served was good: what is wrong with it may pass.
             ConnectError::Misbehaved(misdeed) => {
-                self.failed(what, bounded(&misdeed.to_string()), Some(misdeed), serving.announced);
+                self.failed(what, bounded(&misdeed.to_string()), Some(misdeed), serving.inherited);
             }
             ConnectError::Failed(text) => self.failed(what, bounded(&text), None, true),
         }

@@ -4,7 +4,9 @@
 //! - `/run/xenstored/socket` is a byte stream with payloads of up to 4096 bytes. It exists in dom0 only, and not where
 //!   xenstored runs in a domain of its own.
 //! - `/dev/xen/xenbus` takes exactly one message per `write` (what follows it in the same write is dropped), header
-//!   and payload together at most 4096 bytes. It reports some errors of WATCH and UNWATCH as the errno of that write
+//!   and payload together at most 4096 bytes, and **only one request at a time**: the kernel keeps the message in the
+//!   one buffer of the open file until its own thread has sent it, and the next `write` overwrites it there. Requests
+//!   sent without waiting for the reply before are lost or mixed up (seen with Linux 6.1). It reports some errors of WATCH and UNWATCH as the errno of that write
 //!   instead of a reply. It never becomes "not writable", and its `poll` never says that it is writable, so what is to
 //!   be written is written at once. Watches and transactions end with the file descriptor.
 //!
@@ -18,7 +20,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
 use rustix::io::Errno;
-use xenstore::{Config, ErrorCode, wire};
+use xenstore::{Config, ErrorCode, limits, wire};
 
 pub use place::OpenError;
 use place::{Kind, Place};
@@ -51,6 +53,7 @@ pub struct Xenbus {
     place: Place,
     connection: Option<OwnedFd>,
     connections_made: u64,
+    connected_at_ms: u64,
     /// While there is no connection: when to try again, and the pause after that.
     retry_at_ms: u64,
     retry_pause_ms: u64,
@@ -64,16 +67,17 @@ impl Xenbus {
     /// [`OpenError`] lists what was tried and why it failed.
     pub fn open(options: &Options, now_ms: u64) -> Result<Xenbus, OpenError> {
         let (place, connection) = Place::find(options.path.as_deref())?;
-        let payload_bytes_max = match place.kind {
-            Kind::Socket => wire::PAYLOAD_BYTES_MAX,
-            Kind::Device => wire::DEVICE_PAYLOAD_BYTES_MAX,
+        let (payload_bytes_max, requests_max) = match place.kind {
+            Kind::Socket => (wire::PAYLOAD_BYTES_MAX, limits::REQUESTS_OUTSTANDING_MAX),
+            Kind::Device => (wire::DEVICE_PAYLOAD_BYTES_MAX, 1),
         };
-        let config = Config { payload_bytes_max, seed: options.seed, ..Config::default() };
+        let config = Config { payload_bytes_max, requests_max, seed: options.seed };
         let mut xenbus = Xenbus {
             session: Session::new(config),
             place,
             connection: Some(connection),
             connections_made: 1,
+            connected_at_ms: now_ms,
             retry_at_ms: 0,
             retry_pause_ms: RECONNECT_FIRST_MS,
             blocked: false,
@@ -87,6 +91,12 @@ impl Xenbus {
     /// What is watched, asked and told. After a round of submissions call [`Xenbus::flush`].
     pub fn session(&mut self) -> &mut Session {
         &mut self.session
+    }
+
+    /// Whether it is the kernel's device, with its lower limit on messages, and not a socket.
+    #[must_use]
+    pub fn is_device(&self) -> bool {
+        self.place.kind == Kind::Device
     }
 
     /// Where xenstored was found, for the log.
@@ -142,7 +152,6 @@ impl Xenbus {
                     if let Err(error) = self.session.receive(&buffer[..bytes]) {
                         return self.lost(now_ms, &error.to_string());
                     }
-                    self.retry_pause_ms = RECONNECT_FIRST_MS;
                 }
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => break,
@@ -185,6 +194,9 @@ impl Xenbus {
         self.connection = None;
         self.blocked = false;
         self.session.disconnected();
+        if now_ms.saturating_sub(self.connected_at_ms) >= RECONNECT_MS_MAX {
+            self.retry_pause_ms = RECONNECT_FIRST_MS;
+        }
         self.retry_at_ms = now_ms.saturating_add(self.retry_pause_ms);
     }
 
@@ -194,6 +206,7 @@ impl Xenbus {
                 log::info!("xenstore: connected to {} again", self.place.path.display());
                 self.connection = Some(connection);
                 self.connections_made += 1;
+                self.connected_at_ms = now_ms;
                 self.session.connected();
             }
             Err(error) => {
@@ -202,7 +215,7 @@ impl Xenbus {
             }
         }
         // Also after a success: a server that takes connections only to drop them is asked ever less often. The pause
-        // falls back once something sensible was received.
+        // falls back once a connection has lasted.
         self.retry_pause_ms = (self.retry_pause_ms * 2).min(RECONNECT_MS_MAX);
     }
 }

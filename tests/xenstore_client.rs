@@ -9,6 +9,7 @@ pub mod world;
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use ::xenstore::wire::DEVICE_PAYLOAD_BYTES_MAX;
 use ::xenstore::{
     Access, Config, Edit, ErrorCode, Event, Failure, Guard, Job, JobId, Outcome, Path, Permission,
     WatchToken, limits,
@@ -31,9 +32,20 @@ enum Errand {
     Scribble,
 }
 
+/// How an actor reaches the server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    Socket,
+    /// The kernel's device, used as [`vbdd::xenbus::Xenbus`] does.
+    Device,
+    /// The device, used as if it were a socket: a bug that must be found.
+    DeviceMisused,
+}
+
 /// A domain with a session: it counts a shared counter up, keeps a copy of a shared directory, and scribbles there.
 struct Actor {
     domain: u16,
+    way: Way,
     session: Session,
     connection: Option<ConnectionId>,
     errands: BTreeMap<JobId, Errand>,
@@ -63,11 +75,19 @@ fn path(text: &str) -> Path {
 }
 
 impl Actor {
-    fn new(domain: u16, seed: u64) -> Actor {
-        let mut session = Session::new(Config { seed, ..Config::default() });
+    fn new(domain: u16, way: Way, seed: u64) -> Actor {
+        let config = match way {
+            Way::Socket => Config { seed, ..Config::default() },
+            Way::Device => Config { seed, payload_bytes_max: DEVICE_PAYLOAD_BYTES_MAX, requests_max: 1 },
+            Way::DeviceMisused => {
+                Config { seed, payload_bytes_max: DEVICE_PAYLOAD_BYTES_MAX, ..Config::default() }
+            }
+        };
+        let mut session = Session::new(config);
         session.watch(&path("/shared"), SHARED).unwrap();
         Actor {
             domain,
+            way,
             session,
             connection: None,
             errands: BTreeMap::new(),
@@ -204,7 +224,7 @@ impl Actor {
 }
 
 impl World {
-    fn new(seed: u64, planted: Planted) -> World {
+    fn new(seed: u64, planted: Planted, ways: [Way; 3]) -> World {
         let mut rng = Rng::new(seed);
         let mut server = XenstoreServer::new(rng.draw());
         server.faults = Faults::MANY;
@@ -215,10 +235,13 @@ impl World {
             let everybody = Permission { domain: 0, access: Access::Both };
             server.set_permissions(0, directory, &[everybody]).unwrap();
         }
-        let actors = [0, 5, 7].map(|domain| Actor::new(domain, rng.draw()));
+        let mut actors = Vec::new();
+        for (domain, way) in [0, 5, 7].into_iter().zip(ways) {
+            actors.push(Actor::new(domain, way, rng.draw()));
+        }
         server.introduce_domain(5);
         server.introduce_domain(7);
-        World { server, actors: actors.into(), rng, now_ms: 0, calm: false }
+        World { server, actors, rng, now_ms: 0, calm: false }
     }
 
     fn turn(&mut self, who: usize) {
@@ -240,6 +263,13 @@ impl World {
         }
         for _ in 0..=rng.below(4) {
             let Some(bytes) = actor.session.transmit() else { break };
+            if actor.way != Way::Socket {
+                match server.write_device(connection, bytes) {
+                    Ok(written) => actor.session.transmitted(written),
+                    Err(code) => actor.session.refused(code).unwrap(),
+                }
+                continue;
+            }
             let some = if calm { bytes.len() } else { 1 + rng.below(bytes.len()) };
             server.receive(connection, &bytes[..some]);
             actor.session.transmitted(some);
@@ -343,9 +373,15 @@ impl Drop for Sign {
     }
 }
 
+const WAYS: [Way; 3] = [Way::Socket, Way::Device, Way::Socket];
+
 fn run(seed: u64, planted: Planted) -> (Result<(), String>, World) {
+    run_by(seed, planted, WAYS)
+}
+
+fn run_by(seed: u64, planted: Planted, ways: [Way; 3]) -> (Result<(), String>, World) {
     let _sign = Sign(seed);
-    let mut world = World::new(seed, planted);
+    let mut world = World::new(seed, planted, ways);
     for _ in 0..TURNS {
         let who = world.rng.below(world.actors.len());
         world.turn(who);
@@ -394,6 +430,14 @@ fn planted_bugs_are_found() {
         let found = (0..30).any(|seed| run(seed, planted).0.is_err());
         assert!(found, "{planted:?} went unnoticed");
     }
+}
+
+#[test]
+fn a_device_used_like_a_socket_is_found() {
+    let misused = [Way::Socket, Way::DeviceMisused, Way::Socket];
+    let run = || run_by(1, Planted::Nothing, misused).0.is_err();
+    // Mixed-up requests may also show as an answer that makes no sense, on which an actor panics.
+    assert!(std::panic::catch_unwind(run).unwrap_or(true), "the mix-up went unnoticed");
 }
 
 /// Drives one session and the server until nothing moves any more.

@@ -241,17 +241,21 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
     }
 
     fn flushed(&mut self, id: u32, place: u16, result: &Result<(), StorageError>) {
-        let Some(one) = self.queue(id).and_then(|queue| queue.in_flight(place)) else { return };
+        let Some(queue) = self.queue(id) else { return };
+        let has_ring = queue.ring.is_some();
+        let Some(one) = queue.in_flight(place) else { return };
         let (stage, sector) = (one.stage, one.request.sector);
         match (result, stage) {
             (Err(error), _) => {
                 self.storage_failed(id, "flush", sector, error.clone());
                 self.finish(id, place, Status::Error);
             }
-            (Ok(()), Stage::Preflush) => {
+            (Ok(()), Stage::Preflush) if has_ring => {
                 self.begin_epoch(id, place);
                 self.start(id, place);
             }
+            // The guest is gone: what its grants name now may be anything, and must not be written.
+            (Ok(()), Stage::Preflush) => self.finish(id, place, Status::Error),
             (Ok(()), _) => self.finish(id, place, Status::Okay),
         }
     }

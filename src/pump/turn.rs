@@ -82,27 +82,28 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
                 self.delayed.push((now + delay, id));
             }
         }
-        let taking = waiting.min(limit);
+        let mut taken = 0;
+        while taken < waiting.min(limit) && self.take_one(id) {
+            taken += 1;
+        }
+        let Some(queue) = self.queue(id) else { return false };
         if let Intake::Closing(left) = &mut queue.intake {
-            *left -= taking;
+            *left = left.saturating_sub(taken);
             if waiting == 0 || *left == 0 {
                 queue.intake = Intake::Closed;
             }
         }
-        for _ in 0..taking {
-            if !self.take_one(id) {
-                break;
-            }
-        }
-        if waiting > taking {
+        if waiting > taken {
             self.list(id);
         }
-        taking > 0
+        taken > 0
     }
 
-    /// Takes one request; false if there is none, or no memory for another.
+    /// Takes one request; false if there is none, or neither memory nor place for another.
     fn take_one(&mut self, id: u32) -> bool {
-        let Some(queue) = self.queue(id).filter(|queue| !queue.starved) else { return false };
+        let Some(queue) = self.queue(id).filter(|queue| !queue.starved && queue.has_place()) else {
+            return false;
+        };
         let Some(slot) = queue.ring.as_mut().and_then(rings::BackRing::take) else { return false };
         if let Some(place) = queue.file(&slot) {
             self.admit(id, place, &slot);

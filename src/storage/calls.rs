@@ -1,24 +1,39 @@
 //! A transfer done at once by the calling thread: files in memory, and the helper threads.
 
+use std::os::fd::BorrowedFd;
+
 use super::engine::{Action, Transfer};
 
 /// Does `transfer` and waits for it. Bytes moved, or a negative errno, as the engines answer.
 #[inline]
 pub(super) fn now(transfer: &Transfer) -> i32 {
-    let Ok(offset) = i64::try_from(transfer.offset_bytes) else { return -libc::EINVAL };
     let length = transfer.length_bytes as usize;
+    // SAFETY: the file stays open until the transfer has landed (see `Transfer`).
+    let fd = unsafe { BorrowedFd::borrow_raw(transfer.fd) };
     let moved = match transfer.action {
-        // SAFETY: the memory is valid for writes of that length until the transfer has ended (see `Transfer`).
-        Action::Read => unsafe { libc::pread64(transfer.fd, transfer.address.cast(), length, offset) },
-        // SAFETY: the memory is valid for reads of that length until the transfer has ended (see `Transfer`).
-        Action::Write => unsafe { libc::pwrite64(transfer.fd, transfer.address.cast(), length, offset) },
-        // SAFETY: takes a number and touches no memory.
-        Action::Sync => unsafe { libc::fdatasync(transfer.fd) as isize },
+        Action::Read => {
+            // SAFETY: the memory is valid for that length, initialised (by the kernel, with zeroes, at the latest), and
+            // nobody else's until the transfer has landed (see `Transfer`).
+            let memory = unsafe { std::slice::from_raw_parts_mut(transfer.address, length) };
+            rustix::io::pread(fd, memory, transfer.offset_bytes)
+        }
+        Action::Write => {
+            // SAFETY: as above, and nobody writes to it.
+            let memory = unsafe { std::slice::from_raw_parts(transfer.address, length) };
+            rustix::io::pwrite(fd, memory, transfer.offset_bytes)
+        }
+        Action::Sync => rustix::fs::fdatasync(fd).map(|()| 0),
     };
-    if moved < 0 {
-        return -std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO);
+    match moved {
+        Ok(count) => i32::try_from(count).unwrap_or(-libc::EIO),
+        Err(errno) => -errno.raw_os_error(),
     }
-    i32::try_from(moved).unwrap_or(-libc::EIO)
+}
+
+/// The kernel's answer taken apart: bytes moved, or an errno.
+#[inline]
+pub(super) fn answer(result: i32) -> Result<u32, i32> {
+    u32::try_from(result).map_err(|_| result.checked_neg().unwrap_or(libc::EIO))
 }
 
 /// A transfer on its way to a helper thread.
@@ -27,9 +42,3 @@ pub(super) struct Job(pub Transfer);
 
 // SAFETY: the address in it names memory that is valid until the transfer has ended, on whichever thread.
 unsafe impl Send for Job {}
-
-/// The kernel's answer taken apart: bytes moved, or an errno.
-#[inline]
-pub(super) fn answer(result: i32) -> Result<u32, i32> {
-    u32::try_from(result).map_err(|_| result.checked_neg().unwrap_or(libc::EIO))
-}

@@ -7,6 +7,7 @@ use rustix::fs::{AtFlags, OFlags, SeekFrom, StatxFlags};
 use rustix::io::Errno;
 
 use super::legs::{BLOCK_BYTES_MAX, SECTOR_BYTES, Shape};
+use super::linux::Alignment;
 use super::{Access, Identity, OpenError};
 use crate::images::{Image, Roots, explain};
 
@@ -51,6 +52,7 @@ pub(super) fn open(
     path: &str,
     access: Access,
     direct: bool,
+    least: Option<Alignment>,
 ) -> Result<Prepared, OpenError> {
     let image = roots.locate(path)?;
     let fail = |errno| explain(path, errno, Some(access));
@@ -60,7 +62,7 @@ pub(super) fn open(
         match opening.attempt(OFlags::DIRECT) {
             Ok(fd) => {
                 let in_memory = !image.is_device() && is_in_memory(&fd);
-                if !in_memory && let Some((block, memory)) = alignment(&fd, image.is_device()) {
+                if !in_memory && let Some((block, memory)) = alignment(&fd, image.is_device(), least) {
                     return opening.direct(path, fd, block, memory);
                 }
                 // Before the second open: the claim on a device excludes ourselves too.
@@ -138,8 +140,12 @@ fn is_in_memory(fd: &OwnedFd) -> bool {
 /// What block and memory alignment direct transfers need, in bytes; `None` when they do not work at all.
 ///
 /// What the kernel says is tried with a real read, since file systems differ between what they say and what they take.
-fn alignment(fd: &OwnedFd, is_device: bool) -> Option<(u32, u32)> {
-    let (block, memory) = told(fd, is_device)?;
+fn alignment(fd: &OwnedFd, is_device: bool, least: Option<Alignment>) -> Option<(u32, u32)> {
+    let (mut block, mut memory) = told(fd, is_device)?;
+    if let Some(least) = least {
+        block = block.max(least.block_bytes.next_power_of_two());
+        memory = memory.max(least.memory_bytes.next_power_of_two());
+    }
     let mut block = block.clamp(SECTOR_BYTES, BLOCK_BYTES_MAX);
     let mut memory = memory.clamp(1, BLOCK_BYTES_MAX);
     loop {

@@ -67,15 +67,21 @@ impl Vbd {
             self.heir = matches!(view.be, INIT_WAIT | CONNECTED | CLOSING);
         }
         self.advanced |= view.be != INITIALISING;
+        if view.be == INIT_WAIT && view.fe == Front::Closing {
+            // It closes a ring that was never connected.
+            self.heir = false;
+        }
         if let Ring::Up(serving) | Ring::Connecting(serving) = &mut self.ring {
             serving.seen_connected |= view.fe == Front::Connected;
             serving.seen_closing |= view.fe == Front::Closing;
         }
         if matches!(view.fe, Front::Closed | Front::Gone) {
-            // The next handshake deserves a fresh attempt.
             self.heir = false;
-            self.setback = None;
-            self.disarm(Timer::Retry, actions);
+            if view.be == CLOSED {
+                // The next handshake deserves a fresh attempt. Not before our 6: it may be the failure that leads there.
+                self.setback = None;
+                self.disarm(Timer::Retry, actions);
+            }
         }
         if view.online || view.be != CLOSED {
             self.disarm(Timer::Linger, actions);
@@ -91,7 +97,7 @@ impl Vbd {
             return;
         }
         match view.fe {
-            Front::Initialised | Front::Connected | Front::Closing | Front::Other => {
+            Front::Initialised | Front::Connected | Front::Closing => {
                 if view.be != CLOSING {
                     self.publish_state(CLOSING, view, world, actions);
                 } else if matches!(view.fe, Front::Connected | Front::Closing) {
@@ -99,7 +105,9 @@ impl Vbd {
                 }
             }
             Front::Gone => self.close(Disconnect::Abort, view, world, actions),
-            Front::Initialising | Front::Closed => self.close(Disconnect::Drain, view, world, actions),
+            Front::Initialising | Front::Closed | Front::Other => {
+                self.close(Disconnect::Drain, view, world, actions);
+            }
         }
     }
 
@@ -119,7 +127,9 @@ impl Vbd {
     fn decide_online(&mut self, view: &View, world: &World, actions: &mut Actions) {
         if view.be == INITIALISING {
             // Whatever the frontend does, the toolstack must get to see 2.
-            if view.fe != Front::Gone {
+            if view.fe == Front::Gone {
+                self.release(Disconnect::Abort, actions);
+            } else {
                 self.prepare(view, world, actions);
             }
             return;
@@ -127,17 +137,20 @@ impl Vbd {
         match view.fe {
             Front::Initialising => self.prepare(view, world, actions),
             Front::Initialised | Front::Connected => self.serve(view, world, actions),
-            Front::Closing => {
-                if view.be != CLOSING && view.be != CLOSED {
-                    self.publish_state(CLOSING, view, world, actions);
-                } else {
-                    self.take_over(view, actions);
+            Front::Closing => match view.be {
+                CLOSING => self.take_over(view, actions),
+                CLOSED => {
+                    self.release(Disconnect::Drain, actions);
                 }
-            }
+                _ => self.publish_state(CLOSING, view, world, actions),
+            },
             Front::Closed => self.close(Disconnect::Drain, view, world, actions),
             Front::Gone => self.close(Disconnect::Abort, view, world, actions),
             Front::Other => match view.be {
-                CONNECTED | CLOSING | CLOSED => {}
+                CLOSED => {
+                    self.release(Disconnect::Drain, actions);
+                }
+                CONNECTED | CLOSING => {}
                 INIT_WAIT if self.prepared => {}
                 _ => self.prepare(view, world, actions),
             },
@@ -191,10 +204,7 @@ impl Vbd {
             (Ok(_), Err(text)) => self.puzzled(text, actions),
             (Ok(plan), Ok(device)) => match &device.request {
                 None => Way::Refuse("there is no medium in the drive".to_owned(), None),
-                Some(request) => match self.open(request, view, actions) {
-                    Way::Clear => self.connect(plan, view, actions),
-                    other => other,
-                },
+                Some(request) => self.open_and_connect(request, plan, view, actions),
             },
         };
         if let Way::Refuse(text, misdeed) = way {
@@ -230,9 +240,26 @@ impl Vbd {
         }
         if let (Ok(plan), Ok(device)) = (&view.ring, &view.device)
             && let Some(request) = &device.request
-            && let Way::Clear = self.open(request, view, actions)
         {
-            self.connect(plan, view, actions);
+            self.open_and_connect(request, plan, view, actions);
+        }
+    }
+
+    /// Towards a ring. One that is known to be hopeless is refused before the image is opened for it.
+    fn open_and_connect(
+        &mut self,
+        request: &OpenRequest,
+        plan: &RingPlan,
+        view: &View,
+        actions: &mut Actions,
+    ) -> Way {
+        let attempt = Attempt::Connect(plan.clone());
+        if let Some(setback) = self.hopeless(&attempt, true) {
+            return Way::Refuse(setback.text.clone(), setback.misdeed.clone());
+        }
+        match self.open(request, view, actions) {
+            Way::Clear => self.connect(plan, view, actions),
+            other => other,
         }
     }
 
@@ -278,7 +305,8 @@ impl Vbd {
                 let resume = self.heir && matches!(view.be, CONNECTED | CLOSING);
                 self.ring = Ring::Connecting(Serving {
                     plan: plan.clone(),
-                    announced: resume,
+                    announced: resume && view.be == CONNECTED,
+                    inherited: resume,
                     seen_connected: view.fe == Front::Connected,
                     seen_closing: view.fe == Front::Closing,
                     broken: None,
@@ -291,22 +319,17 @@ impl Vbd {
         }
     }
 
-    /// Whether an attempt may be made, now, later, or not any more. A disk that a guest relies on is not given up for an
-    /// image that is missing at the moment: its I/O waits.
+    /// Whether an attempt may be made, now, later, or not any more.
     fn again(&mut self, attempt: &Attempt, may_pass: bool, actions: &mut Actions) -> Way {
-        let relied_on = self.heir && matches!(attempt, Attempt::Open(_));
+        if let Some(setback) = self.hopeless(attempt, may_pass) {
+            return Way::Refuse(setback.text.clone(), setback.misdeed.clone());
+        }
         let Some(setback) = self.setback.as_mut().filter(|setback| setback.what == *attempt) else {
-            self.setback = None;
-            self.disarm(Timer::Retry, actions);
             return Way::Clear;
         };
         if setback.ready {
             setback.ready = false;
             return Way::Clear;
-        }
-        let patient = may_pass && setback.may_pass && setback.attempts < self.config.attempts;
-        if !relied_on && !patient {
-            return Way::Refuse(setback.text.clone(), setback.misdeed.clone());
         }
         let text = setback.text.clone();
         if self.alarm(Timer::Retry) == Alarm::Off {
@@ -314,6 +337,15 @@ impl Vbd {
             self.arm(Timer::Retry, actions);
         }
         Way::Wait
+    }
+
+    /// The setback that forbids an attempt, if one does. A disk that a guest relies on is not given up for an image that
+    /// is missing at the moment: its I/O waits.
+    fn hopeless(&self, attempt: &Attempt, may_pass: bool) -> Option<&Setback> {
+        let setback = self.setback.as_ref().filter(|setback| setback.what == *attempt)?;
+        let relied_on = self.heir && matches!(attempt, Attempt::Open(_));
+        let patient = may_pass && setback.may_pass && setback.attempts < self.config.attempts;
+        (!setback.ready && !relied_on && !patient).then_some(setback)
     }
 
     /// The toolstack's nodes make no sense. That closes a new device, and not one that a guest relies on.
@@ -344,7 +376,9 @@ impl Vbd {
             return;
         }
         let text = super::bounded(text);
-        if (view.be == CLOSED && publish::says_error(world, &text)) || !self.may_publish(view) {
+        // What a guest does to a device that is refused already does not replace the reason.
+        let said = publish::says_error(world, &text) || (misdeed.is_some() && publish::has_error(world));
+        if (view.be == CLOSED && said) || !self.may_publish(view) {
             return;
         }
         actions.push(Action::Report(match misdeed {

@@ -46,6 +46,11 @@ pub(super) fn says_error(world: &World, text: &str) -> bool {
     world.node(Side::Backend, "error").text() == Some(text)
 }
 
+/// Whether `error` says anything.
+pub(super) fn has_error(world: &World) -> bool {
+    world.node(Side::Backend, "error").is_present()
+}
+
 /// A text in `error`, and no change of state.
 pub(super) fn note(world: &World, text: &str) -> Publication {
     Publication {

@@ -165,3 +165,80 @@ fn parse_domain(text: &[u8]) -> Option<DomainId> {
     let digits = std::str::from_utf8(text).ok()?;
     digits.bytes().all(|b| b.is_ascii_digit()).then(|| digits.parse().ok()).flatten()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use xenstore::wire::{self, Header, MessageType};
+
+    /// Answers the one request that is to be sent.
+    fn answer(session: &mut Session, kind: MessageType, payload: &[u8]) {
+        let sent = session.transmit().unwrap().to_vec();
+        session.transmitted(sent.len());
+        let header = Header::from_bytes(sent[..16].try_into().unwrap());
+        let reply = wire::encode(kind, header.request, 0, &[payload]).unwrap();
+        session.receive(&reply).unwrap();
+    }
+
+    fn connected() -> Session {
+        let mut session = Session::new(Config::default());
+        session.connected();
+        assert_eq!((session.domain(), session.event()), (None, None));
+        session
+    }
+
+    #[test]
+    fn the_first_reset_waits_for_the_own_domain() {
+        for (kind, payload, domain) in [
+            (MessageType::Read, &b"7"[..], 7),
+            (MessageType::Read, b"0", 0),
+            (MessageType::Error, b"ENOENT\0", 0),
+            (MessageType::Error, b"EINVAL\0", 0),
+            (MessageType::Error, b"EACCES\0", 0),
+            (MessageType::Read, b"", 0),
+            (MessageType::Read, b"seven", 0),
+            (MessageType::Read, b"-7", 0),
+            (MessageType::Read, b"65536", 0),
+        ] {
+            let mut session = connected();
+            answer(&mut session, kind, payload);
+            assert_eq!(session.event(), Some(Event::Reset));
+            assert_eq!((session.domain(), session.event()), (Some(domain), None), "{payload:?}");
+        }
+    }
+
+    #[test]
+    fn watch_events_wait_for_the_first_reset() {
+        let mut session = Session::new(Config::default());
+        let (path, token) = (Path::parse("/w").unwrap(), WatchToken(1));
+        session.watch(&path, token).unwrap();
+        session.connected();
+        answer(&mut session, MessageType::Watch, b"OK\0");
+        let fired = wire::encode(MessageType::WatchEvent, 0, 0, &[b"/w\x001\0"]).unwrap();
+        session.receive(&fired).unwrap();
+        assert_eq!(session.event(), None);
+        answer(&mut session, MessageType::Read, b"7");
+        assert_eq!(session.event(), Some(Event::Reset));
+        assert_eq!(session.event(), Some(Event::Watch { token, path }));
+    }
+
+    #[test]
+    fn a_connection_that_ends_before_the_answer_is_asked_again_on_the_next() {
+        for look_in_between in [false, true] {
+            let mut session = connected();
+            session.disconnected();
+            if look_in_between {
+                assert_eq!(session.event(), None);
+            }
+            session.connected();
+            assert_eq!(session.event(), None);
+            answer(&mut session, MessageType::Read, b"7");
+            assert_eq!(session.event(), Some(Event::Reset));
+            assert_eq!((session.domain(), session.event()), (Some(7), None));
+            session.disconnected();
+            session.connected();
+            assert_eq!(session.event(), Some(Event::Reset), "the domain is known now");
+            assert_eq!(session.transmit(), None);
+        }
+    }
+}

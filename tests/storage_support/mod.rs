@@ -1,6 +1,8 @@
 //! What the storage tests share: a directory that goes away, and a storage that is waited for as the reactor does.
 #![allow(dead_code, missing_docs, unreachable_pub, clippy::unwrap_used)]
 
+pub mod faulty;
+
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};

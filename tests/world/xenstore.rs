@@ -6,6 +6,7 @@
 //! Two ways in: connections that carry bytes ([`XenstoreServer::connect`], `receive`, `step`, `transmit`), and direct
 //! calls in the name of a domain (`write`, `read`, ...) for toolstacks and guests that are part of the script.
 
+mod device;
 mod requests;
 pub mod socket;
 mod store;

@@ -16,6 +16,6 @@ pub use client::{
     Client, Config, Edit, Event, Failure, Guard, Job, JobId, Outcome, ProtocolError, Statistics, SubmitError,
     WatchToken, limits,
 };
-pub use path::{ABSOLUTE_PATH_BYTES_MAX, Path, PathError, RELATIVE_PATH_BYTES_MAX};
+pub use path::{PATH_BYTES_MAX, Path, PathError};
 pub use permissions::{Access, Permission};
 pub use wire::ErrorCode;

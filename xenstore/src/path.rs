@@ -3,11 +3,10 @@
 use alloc::string::String;
 use core::fmt;
 
-/// Longest absolute path in bytes (`XENSTORE_ABS_PATH_MAX`).
-pub const ABSOLUTE_PATH_BYTES_MAX: usize = 3072;
-
-/// Longest relative path, and longest name of a special watch, in bytes (`XENSTORE_REL_PATH_MAX`).
-pub const RELATIVE_PATH_BYTES_MAX: usize = 2048;
+/// Longest path in bytes, a leading `/local/domain/<number>/` not counted (`XENSTORE_REL_PATH_MAX`). The protocol names
+/// 3072 for absolute paths (`XENSTORE_ABS_PATH_MAX`), but xenstored refuses, since 4.17 at the latest, whatever a
+/// domain could not spell relatively.
+pub const PATH_BYTES_MAX: usize = 2048;
 
 /// The path of a node, or the name of a special watch (`@releaseDomain`). Always well-formed: xenstored would not
 /// answer it with EINVAL for its spelling.
@@ -31,7 +30,7 @@ impl fmt::Display for PathError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             PathError::Empty => "a xenstore path cannot be empty",
-            PathError::TooLong => "a xenstore path has at most 3072 bytes (2048 if relative)",
+            PathError::TooLong => "a xenstore path has at most 2048 bytes after /local/domain/<number>/",
             PathError::BadCharacter => "a xenstore path has only ASCII letters, digits and -/_@",
             PathError::EmptyName => "a xenstore path has no doubled slash and no slash at its end",
         })
@@ -49,8 +48,7 @@ impl Path {
         if text.is_empty() {
             return Err(PathError::Empty);
         }
-        let longest = if text.starts_with('/') { ABSOLUTE_PATH_BYTES_MAX } else { RELATIVE_PATH_BYTES_MAX };
-        if text.len() > longest {
+        if text.len() > home_bytes(text) + PATH_BYTES_MAX {
             return Err(PathError::TooLong);
         }
         if !text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'/' | b'_' | b'@')) {
@@ -146,6 +144,14 @@ impl Path {
     }
 }
 
+/// Length of the `/local/domain/<number>/` that a path begins with, or 0.
+fn home_bytes(text: &str) -> usize {
+    let Some(rest) = text.strip_prefix("/local/domain/") else { return 0 };
+    let digits = rest.bytes().take_while(u8::is_ascii_digit).count();
+    let whole = (1..=5).contains(&digits) && rest.as_bytes().get(digits) == Some(&b'/');
+    if whole { text.len() - rest.len() + digits + 1 } else { 0 }
+}
+
 impl fmt::Display for Path {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
@@ -209,12 +215,15 @@ mod tests {
     #[test]
     fn lengths_are_limited_to_the_byte() {
         let of = |lead: &str, len: usize| lead.to_string() + &"x".repeat(len - lead.len());
-        assert!(Path::parse(&of("/", 3072)).is_ok());
-        assert_eq!(Path::parse(&of("/", 3073)), Err(PathError::TooLong));
-        assert!(Path::parse(&of("a", 2048)).is_ok());
-        assert_eq!(Path::parse(&of("a", 2049)), Err(PathError::TooLong));
-        assert_eq!(Path::parse(&of("@", 2049)), Err(PathError::TooLong));
-        let deep = Path::parse(&of("/", 3070)).unwrap();
+        for lead in ["/", "a", "@", "/local/domain/", "/local/domain/x/", "/local/domain/123456/"] {
+            assert!(Path::parse(&of(lead, 2048)).is_ok(), "{lead}");
+            assert_eq!(Path::parse(&of(lead, 2049)), Err(PathError::TooLong), "{lead}");
+        }
+        for home in ["/local/domain/0/", "/local/domain/65535/"] {
+            assert!(Path::parse(&of(home, home.len() + 2048)).is_ok(), "{home}");
+            assert_eq!(Path::parse(&of(home, home.len() + 2049)), Err(PathError::TooLong), "{home}");
+        }
+        let deep = Path::parse(&of("/", 2046)).unwrap();
         assert!(deep.child("a").is_ok());
         assert_eq!(deep.child("ab"), Err(PathError::TooLong));
     }

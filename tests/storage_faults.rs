@@ -1,0 +1,208 @@
+//! One fault at a time, and what the caller is told.
+#![allow(missing_docs, clippy::unwrap_used)]
+
+mod storage_support;
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::time::Duration;
+
+use storage_support::faulty::{Faulty, Plan};
+use storage_support::{Directory, Rig, on_disk, options};
+use vbdd::buffers::Span;
+use vbdd::storage::engine::{Action, EngineChoice};
+use vbdd::storage::linux::{Alignment, LinuxStorage, Options};
+use vbdd::storage::uring::Uring;
+use vbdd::storage::{Access, FileId, IoKind, Storage, StorageError};
+
+struct Faults {
+    rig: Rig,
+    plan: Rc<RefCell<Plan>>,
+    file: FileId,
+    path: String,
+    _directory: Directory,
+}
+
+fn faults(name: &str, block: u32) -> Faults {
+    let directory = on_disk(name);
+    let path = directory.file("image", &vec![0x11; 64 * 1024]);
+    let plan = Rc::new(RefCell::new(Plan::default()));
+    let engine = Faulty::new(Box::new(Uring::new().unwrap()), &plan, 99);
+    let least = Some(Alignment { block_bytes: block, memory_bytes: 512 });
+    let options = Options { alignment: least, ..options(&directory.0, EngineChoice::Auto) };
+    let mut rig = Rig::with_engine(&options, Box::new(engine));
+    let opened = rig.open(&path, Access::ReadWrite).unwrap();
+    assert!(opened.direct);
+    Faults { rig, plan, file: opened.file, path, _directory: directory }
+}
+
+impl Faults {
+    fn fail_next(&self, action: Action, errno: i32) {
+        self.plan.borrow_mut().next.push((action, errno));
+    }
+}
+
+fn os(errno: i32) -> Result<(), StorageError> {
+    Err(StorageError::Os(errno))
+}
+
+#[test]
+fn errors_come_through_once() {
+    let mut f = faults("once", 512);
+    for errno in [libc::EIO, libc::ENOSPC, libc::EDQUOT, libc::ENOMEM] {
+        f.fail_next(Action::Write, errno);
+        assert_eq!(f.rig.write(f.file, 0, &[1; 512]), os(errno));
+        f.fail_next(Action::Read, errno);
+        assert_eq!(f.rig.read(f.file, 0, 512), Err(StorageError::Os(errno)));
+    }
+    f.rig.write(f.file, 0, &[1; 512]).unwrap();
+    assert_eq!(f.rig.read(f.file, 0, 512).unwrap(), [1; 512]);
+}
+
+#[test]
+fn interruptions_are_not_told_until_they_do_not_end() {
+    let mut f = faults("eintr", 512);
+    for errno in [libc::EINTR, libc::EAGAIN] {
+        for _ in 0..10 {
+            f.fail_next(Action::Write, errno);
+            f.fail_next(Action::Sync, errno);
+        }
+        f.rig.write(f.file, 512, &[2; 1024]).unwrap();
+        f.rig.flush(f.file).unwrap();
+        for _ in 0..100 {
+            f.fail_next(Action::Write, errno);
+        }
+        assert_eq!(f.rig.write(f.file, 0, &[3; 512]), os(errno), "16 tries, and no more");
+        assert!(f.plan.borrow().next.len() > 80);
+        f.plan.borrow_mut().next.clear();
+    }
+}
+
+#[test]
+fn a_failed_flush_is_never_made_good_by_a_later_one() {
+    let mut f = faults("flush", 512);
+    f.rig.write(f.file, 0, &[1; 512]).unwrap();
+    f.fail_next(Action::Sync, libc::EIO);
+    assert_eq!(f.rig.flush(f.file), os(libc::EIO));
+    assert_eq!(
+        f.rig.flush(f.file),
+        os(libc::EIO),
+        "the kernel would say yes now, of pages that it has dropped"
+    );
+    assert_eq!(f.rig.read(f.file, 0, 512).unwrap(), [1; 512]);
+    // Opened anew, it is what is on disk that counts.
+    let again = f.rig.open(&f.path, Access::ReadWrite).unwrap();
+    f.rig.flush(again.file).unwrap();
+}
+
+#[test]
+fn direct_refused_after_all() {
+    let mut f = faults("demoted", 4096);
+    f.fail_next(Action::Write, libc::EINVAL);
+    f.rig.write(f.file, 4096, &[7; 4096]).unwrap();
+    f.rig.write(f.file, 512, &[8; 1024]).unwrap();
+    f.rig.flush(f.file).unwrap();
+    assert_eq!(f.rig.read(f.file, 0, 512).unwrap(), [0x11; 512]);
+    let bytes = std::fs::read(&f.path).unwrap();
+    assert_eq!((&bytes[512..1536], &bytes[4096..8192]), (&[8; 1024][..], &[7; 4096][..]));
+    assert_eq!(bytes.len(), 64 * 1024);
+}
+
+#[test]
+fn a_read_modify_write_that_fails_lets_the_next_one_go() {
+    for action in [Action::Read, Action::Write] {
+        let mut f = faults("rmw", 4096);
+        f.fail_next(action, libc::EIO);
+        let spans: Vec<Span> = (0..3).map(|_| f.rig.alloc(512)).collect();
+        let tokens: Vec<u64> = (0..3u64)
+            .map(|at| {
+                let span = spans[usize::try_from(at).unwrap()];
+                f.rig.storage.buffers().bytes_mut(span).fill(0xa0 + u8::try_from(at).unwrap());
+                f.rig.queue(f.file, IoKind::Write, at * 512, span)
+            })
+            .collect();
+        assert_eq!(f.rig.finish(tokens[0]), os(libc::EIO));
+        f.rig.finish(tokens[1]).unwrap();
+        f.rig.finish(tokens[2]).unwrap();
+        let bytes = std::fs::read(&f.path).unwrap();
+        assert_eq!((bytes[512], bytes[1024], bytes[1536]), (0xa1, 0xa2, 0x11));
+    }
+}
+
+#[test]
+fn a_file_closed_early_stays_until_its_requests_are_done() {
+    let mut f = faults("early", 512);
+    f.plan.borrow_mut().late = 90;
+    let span = f.rig.alloc(4096);
+    f.rig.storage.buffers().bytes_mut(span).fill(9);
+    let write = f.rig.queue(f.file, IoKind::Write, 0, span);
+    f.rig.storage.close(f.file);
+    let late = f.rig.queue(f.file, IoKind::Read, 0, span);
+    assert_eq!(f.rig.finish(late), os(libc::EBADF));
+    f.rig.finish(write).unwrap();
+    assert_eq!(f.rig.read(f.file, 0, 512), Err(StorageError::Os(libc::EBADF)));
+    assert_eq!(std::fs::read(&f.path).unwrap()[..4096], [9; 4096]);
+    // The place is used again, and the old handle does not reach it.
+    let again = f.rig.open(&f.path, Access::ReadWrite).unwrap();
+    assert_ne!(again.file, f.file);
+    assert_eq!(f.rig.write(f.file, 0, &[1; 512]), os(libc::EBADF));
+}
+
+#[test]
+fn more_than_there_is_room_for() {
+    let mut f = faults("room", 512);
+    f.plan.borrow_mut().late = 100;
+    let span = f.rig.alloc(512);
+    let mut refused = 0;
+    for at in 0..20_000u64 {
+        f.rig.queue(f.file, IoKind::Read, (at % 128) * 512, span);
+    }
+    f.rig.storage.submit();
+    let mut done = 0;
+    let mut take = |f: &mut Faults| {
+        while let Some(answer) = f.rig.storage.done() {
+            done += 1;
+            if let Err(error) = answer.result {
+                assert_eq!(error, StorageError::Os(libc::ENOBUFS));
+                refused += 1;
+            }
+        }
+        done
+    };
+    assert_eq!(take(&mut f), 20_000 - 16 * 1024);
+    f.plan.borrow_mut().late = 0;
+    while take(&mut f) < 20_000 {
+        f.rig.wait(Duration::from_secs(1));
+    }
+    assert_eq!(refused, 20_000 - 16 * 1024);
+}
+
+#[test]
+fn idle_storage_wakes_nobody() {
+    let directory = on_disk("idle");
+    let path = directory.file("image", &vec![0; 64 * 1024]);
+    for engine in [EngineChoice::Uring, EngineChoice::Aio] {
+        let mut rig = Rig::new(&options(&directory.0, engine));
+        let opened = rig.open(&path, Access::ReadWrite).unwrap();
+        rig.write(opened.file, 0, &[1; 4096]).unwrap();
+        rig.flush(opened.file).unwrap();
+        rig.storage.submit();
+        // What is left over from before is quiet after one look.
+        rig.wait(Duration::from_millis(10));
+        assert!(rig.storage.done().is_none() && rig.storage.opened().is_none());
+        assert!(!rig.wait(Duration::from_millis(500)), "{engine:?}");
+    }
+}
+
+#[test]
+fn engines_say_what_they_are() {
+    let directory = on_disk("says");
+    let texts: Vec<String> = [EngineChoice::Auto, EngineChoice::Uring, EngineChoice::Aio]
+        .map(|engine| LinuxStorage::new(&options(&directory.0, engine)).unwrap().engine_text().to_string())
+        .to_vec();
+    assert!(texts[0].contains("io_uring") && texts[0].contains("the kernel offers"), "{}", texts[0]);
+    assert!(texts[1].contains("as --engine uring asks"), "{}", texts[1]);
+    assert!(texts[2].contains("Linux AIO") && texts[2].contains("as --engine aio asks"), "{}", texts[2]);
+    assert!("libaio".parse::<EngineChoice>().unwrap_err().contains("say auto, uring or aio"));
+    assert_eq!("aio".parse(), Ok(EngineChoice::Aio));
+}

@@ -1,0 +1,201 @@
+//! The abstract xenstore: as many values of each node as make a difference.
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+
+use vbdd::vbd::{Guard, Key, Node, Publication, Side, World, keys};
+
+/// The backend directory. `error` and `hotplug` are 0 for a missing node, else an index of a text.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(crate) struct Backend {
+    pub(crate) state: u8,
+    pub(crate) online: bool,
+    pub(crate) sized: bool,
+    pub(crate) error: u8,
+    pub(crate) hotplug: u8,
+    pub(crate) hotplug_error: u8,
+}
+
+/// What the guest's ring nodes say.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(crate) enum RingNodes {
+    None,
+    A,
+    B,
+    Malformed,
+}
+
+/// The frontend directory. State 0 is junk.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(crate) struct Frontend {
+    pub(crate) state: u8,
+    pub(crate) ring: RingNodes,
+}
+
+/// A moment of both.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(crate) struct Store {
+    pub(crate) backend: Option<Backend>,
+    pub(crate) frontend: Option<Frontend>,
+}
+
+pub(crate) const NEW_BACKEND: Backend =
+    Backend { state: 1, online: true, sized: false, error: 0, hotplug: 0, hotplug_error: 0 };
+
+/// Index of the text "connected" in [`Texts`].
+pub(crate) const HOTPLUG_CONNECTED: u8 = 1;
+
+/// Texts that were written, by number.
+pub(crate) struct Texts(Vec<String>);
+
+impl Texts {
+    pub(crate) fn new() -> Texts {
+        Texts(vec![String::new(), "connected".to_owned()])
+    }
+
+    fn number(&mut self, text: &str) -> u8 {
+        let at = self.0.iter().position(|known| known == text).unwrap_or_else(|| {
+            self.0.push(text.to_owned());
+            self.0.len() - 1
+        });
+        u8::try_from(at).unwrap()
+    }
+
+    fn node(&self, number: u8) -> Node {
+        if number == 0 { Node::Missing } else { present(&self.0[usize::from(number)]) }
+    }
+}
+
+fn present(text: &str) -> Node {
+    Node::Present(text.as_bytes().to_vec())
+}
+
+impl Store {
+    /// A node as a read of this moment would find it. `script`: the toolstack named one.
+    pub(crate) fn node(&self, key: &Key, script: bool, texts: &Texts) -> Node {
+        match key.side {
+            Side::Backend => self.backend.map_or(Node::Missing, |it| it.node(&key.name, script, texts)),
+            Side::Frontend => self.frontend.map_or(Node::Missing, |it| it.node(&key.name)),
+        }
+    }
+
+    pub(crate) fn world(&self, script: bool, texts: &Texts) -> World {
+        let mut world = World::new();
+        for key in keys() {
+            let node = self.node(&key, script, texts);
+            world.put(key, node);
+        }
+        world
+    }
+
+    /// What a read finds that took the states from `states`, and the other nodes from `self`.
+    pub(crate) fn torn_world(&self, states: &Store, script: bool, texts: &Texts) -> World {
+        let mut world = self.world(script, texts);
+        for side in [Side::Frontend, Side::Backend] {
+            let key = Key { side, name: Cow::Borrowed("state") };
+            let node = states.node(&key, script, texts);
+            world.put(key, node);
+        }
+        world
+    }
+
+    pub(crate) fn holds(&self, guards: &[Guard], script: bool, texts: &Texts) -> bool {
+        guards.iter().all(|guard| self.node(&guard.key, script, texts) == guard.expected)
+    }
+
+    /// The backend directory after a publication. Writes make a directory that is missing, as xenstore does.
+    pub(crate) fn apply(&self, publication: &Publication, texts: &mut Texts) -> Backend {
+        let lost = Backend { state: 0, online: true, sized: false, error: 0, hotplug: 0, hotplug_error: 0 };
+        let mut it = self.backend.unwrap_or(lost);
+        for name in &publication.removals {
+            it.set(name, None, texts);
+        }
+        for (name, value) in &publication.writes {
+            it.set(name, Some(value), texts);
+        }
+        it
+    }
+}
+
+impl Backend {
+    fn node(&self, name: &str, script: bool, texts: &Texts) -> Node {
+        match name {
+            "state" => present(&self.state.to_string()),
+            "online" => present(if self.online { "1" } else { "0" }),
+            "frontend" => present("/local/domain/7/device/vbd/51712"),
+            "frontend-id" => present("7"),
+            "params" => present("raw:/a"),
+            "mode" => present("w"),
+            "type" => present("phy"),
+            "script" if script => present("block"),
+            "sectors" if self.sized => present("2048"),
+            "error" => texts.node(self.error),
+            "hotplug-status" => texts.node(self.hotplug),
+            "hotplug-error" => texts.node(self.hotplug_error),
+            _ => Node::Missing,
+        }
+    }
+
+    fn set(&mut self, name: &str, value: Option<&String>, texts: &mut Texts) {
+        let number = value.map_or(0, |text| texts.number(text));
+        match name {
+            "state" => self.state = value.unwrap().parse().unwrap(),
+            "sectors" => self.sized = value.unwrap() == "2048",
+            "error" => self.error = number,
+            "hotplug-status" => self.hotplug = number,
+            "hotplug-error" => self.hotplug_error = number,
+            "sector-size" | "physical-sector-size" | "info" | "feature-flush-cache" => {}
+            other => panic!("the vbd wrote {other}, which is not the backend's"),
+        }
+    }
+}
+
+impl Frontend {
+    fn node(&self, name: &str) -> Node {
+        let (ring_ref, port) = match self.ring {
+            RingNodes::None => return if name == "state" { self.state_node() } else { Node::Missing },
+            RingNodes::A => ("8", "9"),
+            RingNodes::B => ("10", "11"),
+            RingNodes::Malformed => ("-1", "9"),
+        };
+        match name {
+            "state" => self.state_node(),
+            "ring-ref" => present(ring_ref),
+            "event-channel" => present(port),
+            "protocol" => present("x86_64-abi"),
+            _ => Node::Missing,
+        }
+    }
+
+    fn state_node(&self) -> Node {
+        if self.state == 0 { present("\u{1}junk") } else { present(&self.state.to_string()) }
+    }
+}
+
+/// Gives small numbers to values.
+pub(crate) struct Numbered<T> {
+    pub(crate) values: Vec<T>,
+    numbers: HashMap<T, u32>,
+}
+
+impl<T: Clone + Eq + std::hash::Hash> Numbered<T> {
+    pub(crate) fn new() -> Numbered<T> {
+        Numbered { values: Vec::new(), numbers: HashMap::new() }
+    }
+
+    pub(crate) fn number(&mut self, value: T) -> u32 {
+        if let Some(number) = self.numbers.get(&value) {
+            return *number;
+        }
+        let number = u32::try_from(self.values.len()).unwrap();
+        self.values.push(value.clone());
+        self.numbers.insert(value, number);
+        number
+    }
+}
+
+impl Store {
+    pub(crate) fn backend_of(store: &Store) -> Option<Backend> {
+        store.backend
+    }
+}

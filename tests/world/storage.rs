@@ -1,0 +1,409 @@
+//! Storage in memory: latency, reordering, errors, and a volatile cache that power loss empties as it likes.
+//!
+//! A write becomes visible when it completes and durable when a flush ends that was queued after its `Done` was taken.
+//! Until then every version of a sector that was ever in the cache may be the one that survives.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::rc::Rc;
+
+use vbdd::buffers::Pool;
+use vbdd::storage::{Access, Done, FileId, Identity, Io, IoKind, OpenError, Opened, Storage, StorageError};
+
+use super::model::sector_bytes;
+use super::{Plant, Shared};
+
+pub const SECTOR: usize = 512;
+type Sector = [u8; SECTOR];
+
+#[derive(Clone, Debug)]
+struct Version {
+    write: u64,
+    bytes: Sector,
+}
+
+/// One image.
+#[derive(Debug)]
+pub struct File {
+    path: String,
+    read_only: bool,
+    visible: Vec<Sector>,
+    durable: Vec<Sector>,
+    /// Versions since the durable one, oldest first.
+    cached: BTreeMap<usize, Vec<Version>>,
+    /// Versions that a failed flush dropped from the cache: visible, and not to be made durable by a later flush.
+    forgotten: BTreeMap<usize, Vec<Sector>>,
+    /// Writes with a `Done` that was taken, and that no flush has covered yet.
+    taken: BTreeSet<u64>,
+    taken_last: u64,
+}
+
+#[derive(Debug)]
+struct Running {
+    io: Io,
+    image: usize,
+    number: u64,
+    due_us: u64,
+    /// Bytes of a write when it was submitted: they must not change until it is done.
+    data: Vec<u8>,
+    /// What a flush covers: writes with a `Done` taken when it was queued.
+    covers: BTreeSet<u64>,
+}
+
+/// An error that was injected: which image, what, where; or left over from a process that died.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Injected {
+    pub image: usize,
+    pub kind: IoKind,
+    pub offset_bytes: u64,
+    pub certain: bool,
+}
+
+/// All media of the host, and the transfers that its kernel runs.
+#[derive(Debug, Default)]
+pub struct Media {
+    pub images: Vec<File>,
+    queued: Vec<Running>,
+    running: Vec<Running>,
+    numbers: u64,
+    pub injected: Vec<Injected>,
+    pub flush_failed: Vec<usize>,
+    /// Transfers started since the world began.
+    pub transfers: u64,
+    /// The next transfer of this kind never ends.
+    pub hang_next: Option<IoKind>,
+}
+
+impl Media {
+    /// An image whose sectors hold the model's first content.
+    pub fn create(&mut self, path: &str, sectors: usize, read_only: bool) -> usize {
+        let content: Vec<Sector> = (0..sectors).map(|sector| sector_bytes(0, sector as u64)).collect();
+        self.images.push(File {
+            path: path.to_owned(),
+            read_only,
+            visible: content.clone(),
+            durable: content,
+            cached: BTreeMap::new(),
+            forgotten: BTreeMap::new(),
+            taken: BTreeSet::new(),
+            taken_last: 0,
+        });
+        self.images.len() - 1
+    }
+
+    /// When the next transfer is done, if any ever is.
+    pub fn next_due(&self) -> Option<u64> {
+        self.running.iter().map(|one| one.due_us).filter(|due| *due != u64::MAX).min()
+    }
+
+    pub fn in_flight(&self) -> usize {
+        self.queued.len() + self.running.len()
+    }
+
+    /// Lets the transfers that never end go on.
+    pub fn unhang(&mut self) {
+        self.running.iter_mut().filter(|one| one.due_us == u64::MAX).for_each(|one| one.due_us = 0);
+    }
+
+    /// The process is gone. What the kernel had begun is done, in part, or never; it is over before a successor opens
+    /// the image.
+    pub fn process_died(&mut self, chance: &mut dyn FnMut() -> bool) {
+        self.queued.clear();
+        for one in std::mem::take(&mut self.running) {
+            for n in 0..one.data.len() / SECTOR {
+                if chance() {
+                    self.land(&one, n);
+                }
+            }
+        }
+        // Every write that landed is finished now: a later flush covers it.
+        for image in &mut self.images {
+            image.taken = image.cached.values().flatten().map(|version| version.write).collect();
+        }
+        self.injected.iter_mut().for_each(|error| error.certain = false);
+    }
+
+    /// The host loses power: of each sector any version survives that was not older than the last that a flush made
+    /// durable; `torn` mixes two of them.
+    pub fn power_loss(&mut self, torn: bool, pick: &mut dyn FnMut(usize) -> usize) {
+        self.queued.clear();
+        for one in std::mem::take(&mut self.running) {
+            for n in 0..one.data.len() / SECTOR {
+                if pick(2) == 0 {
+                    self.land(&one, n);
+                }
+            }
+        }
+        for image in &mut self.images {
+            let cached = std::mem::take(&mut image.cached);
+            let forgotten = std::mem::take(&mut image.forgotten);
+            let mut choices: BTreeMap<usize, Vec<Sector>> = BTreeMap::new();
+            for (sector, versions) in forgotten {
+                choices.entry(sector).or_default().extend(versions);
+            }
+            for (sector, versions) in cached {
+                choices.entry(sector).or_default().extend(versions.iter().map(|version| version.bytes));
+            }
+            for (sector, mut versions) in choices {
+                versions.push(image.durable[sector]);
+                let mut survivor = versions[pick(versions.len())];
+                if torn && pick(4) == 0 {
+                    let other = versions[pick(versions.len())];
+                    let cut = pick(SECTOR / 8) * 8;
+                    survivor[cut..].copy_from_slice(&other[cut..]);
+                }
+                image.durable[sector] = survivor;
+            }
+            image.visible.clone_from(&image.durable);
+        }
+    }
+
+    /// Sector `n` of a write reaches the cache.
+    fn land(&mut self, one: &Running, n: usize) {
+        let image = &mut self.images[one.image];
+        let sector = one.io.offset_bytes as usize / SECTOR + n;
+        let mut bytes = [0; SECTOR];
+        bytes.copy_from_slice(&one.data[n * SECTOR..(n + 1) * SECTOR]);
+        image.visible[sector] = bytes;
+        image.cached.entry(sector).or_default().push(Version { write: one.number, bytes });
+    }
+
+    /// A flush ended well: of each sector the newest version that it covers is durable.
+    fn make_durable(&mut self, flush: &Running) {
+        let image = &mut self.images[flush.image];
+        for (sector, versions) in &mut image.cached {
+            let newest = versions.iter().rposition(|version| flush.covers.contains(&version.write));
+            if let Some(newest) = newest {
+                image.durable[*sector] = versions[newest].bytes;
+                image.forgotten.remove(sector);
+                versions.drain(..=newest);
+            }
+        }
+        image.cached.retain(|_, versions| !versions.is_empty());
+        image.taken.retain(|write| !flush.covers.contains(write));
+    }
+
+    /// A flush failed: what it covered may be dropped from the cache for good.
+    fn forget(&mut self, flush: &Running, drop: &mut dyn FnMut() -> bool) {
+        let image = &mut self.images[flush.image];
+        for (sector, versions) in &mut image.cached {
+            if drop() {
+                let forgotten = image.forgotten.entry(*sector).or_default();
+                forgotten.extend(versions.drain(..).map(|version| version.bytes));
+            }
+        }
+        image.cached.retain(|_, versions| !versions.is_empty());
+    }
+
+    /// The durable content of a sector; of the cache nothing is asked.
+    pub fn durable(&self, image: usize, sector: usize) -> &Sector {
+        &self.images[image].durable[sector]
+    }
+
+    pub fn visible(&self, image: usize, sector: usize) -> &Sector {
+        &self.images[image].visible[sector]
+    }
+}
+
+/// The backend's handle.
+pub struct SimStorage {
+    shared: Rc<Shared>,
+    pool: Pool,
+    files: Vec<Option<usize>>,
+    opened: VecDeque<(u64, Result<Opened, OpenError>)>,
+}
+
+impl SimStorage {
+    pub fn new(shared: Rc<Shared>, pool_bytes: usize) -> SimStorage {
+        SimStorage {
+            shared,
+            pool: Pool::new(pool_bytes).unwrap(),
+            files: Vec::new(),
+            opened: VecDeque::new(),
+        }
+    }
+
+    pub fn open_files(&self) -> usize {
+        self.files.iter().flatten().count()
+    }
+
+    /// Opens an image by its number, without the detour over paths.
+    pub fn open_image(&mut self, image: usize) -> FileId {
+        self.files.push(Some(image));
+        FileId(self.files.len() as u32 - 1)
+    }
+
+    /// Ends a transfer: applies it and says how it went.
+    fn finish(&mut self, one: &Running) -> Result<(), StorageError> {
+        let shared = self.shared.clone();
+        let (faults, plant) = (shared.faults.get(), shared.plant.get());
+        let sectors = one.io.span.length_bytes() as usize / SECTOR;
+        let first = one.io.offset_bytes as usize / SECTOR;
+        let mut media = shared.media.borrow_mut();
+        let rate = match one.io.kind {
+            IoKind::Read => faults.read_error,
+            IoKind::Write => faults.write_error,
+            IoKind::Flush => faults.flush_error,
+        };
+        let error = shared.strikes(rate);
+        let hidden = match one.io.kind {
+            IoKind::Write => plant == Plant::WriteErrorHidden,
+            IoKind::Flush => plant == Plant::FlushErrorHidden,
+            IoKind::Read => false,
+        };
+        if error {
+            let (image, kind, offset_bytes) = (one.image, one.io.kind, one.io.offset_bytes);
+            media.injected.push(Injected { image, kind, offset_bytes, certain: true });
+        }
+        match one.io.kind {
+            IoKind::Read if !error => {
+                for n in 0..sectors {
+                    let bytes =
+                        media.images[one.image].visible.get(first + n).copied().unwrap_or([0; SECTOR]);
+                    let part = one.io.span.part((n * SECTOR) as u32, SECTOR as u32).unwrap();
+                    assert!(self.pool.copy_in(part, &bytes));
+                }
+            }
+            IoKind::Read => {}
+            IoKind::Write => {
+                if self.pool.bytes(one.io.span) != one.data {
+                    shared.fail("the memory of a write changed while it was in flight");
+                }
+                for n in 0..sectors {
+                    if !error || shared.chance(1, 2) {
+                        media.land(one, n);
+                    }
+                }
+            }
+            IoKind::Flush if error => {
+                media.flush_failed.push(one.image);
+                media.forget(one, &mut || shared.chance(1, 2));
+            }
+            IoKind::Flush => {
+                if plant != Plant::FlushNotDone {
+                    media.make_durable(one);
+                }
+            }
+        }
+        let errno = if shared.chance(1, 2) { libc::EIO } else { libc::ENOSPC };
+        if error && !hidden { Err(StorageError::Os(errno)) } else { Ok(()) }
+    }
+}
+
+impl Storage for SimStorage {
+    fn open(&mut self, token: u64, path: &str, access: Access) {
+        self.shared.point("open", token, 0);
+        let mut media = self.shared.media.borrow_mut();
+        let found = media.images.iter_mut().position(|image| image.path == path);
+        let answer = match found {
+            Some(image) if media.images[image].read_only && access == Access::ReadWrite => {
+                Err(OpenError { path: path.to_owned(), reason: "is read-only".to_owned() })
+            }
+            Some(image) => {
+                self.files.push(Some(image));
+                Ok(Opened {
+                    file: FileId(self.files.len() as u32 - 1),
+                    identity: Identity::File { device: 1, inode: image as u64 },
+                    size_bytes: (media.images[image].visible.len() * SECTOR) as u64,
+                    physical_block_bytes: 512,
+                    direct: true,
+                })
+            }
+            None => Err(OpenError { path: path.to_owned(), reason: "does not exist".to_owned() }),
+        };
+        self.opened.push_back((token, answer));
+    }
+
+    fn opened(&mut self) -> Option<(u64, Result<Opened, OpenError>)> {
+        self.opened.pop_front()
+    }
+
+    fn close(&mut self, file: FileId) {
+        self.shared.point("close", file.0.into(), 0);
+        let Some(image) = self.files.get_mut(file.0 as usize).and_then(Option::take) else {
+            return self.shared.fail(format!("{file:?} is closed and not open"));
+        };
+        let media = self.shared.media.borrow();
+        if media.queued.iter().chain(&media.running).any(|one| one.image == image) {
+            self.shared.fail("an image is closed with transfers in flight");
+        }
+    }
+
+    fn buffers(&mut self) -> &mut Pool {
+        &mut self.pool
+    }
+
+    fn queue(&mut self, io: Io) {
+        self.shared.point("queue", io.offset_bytes, io.span.length_bytes().into());
+        let Some(image) = self.files.get(io.file.0 as usize).copied().flatten() else {
+            return self.shared.fail("a transfer names a file that is not open");
+        };
+        let mut media = self.shared.media.borrow_mut();
+        let aligned = io.offset_bytes.is_multiple_of(512) && io.span.length_bytes().is_multiple_of(512);
+        let end = io.offset_bytes.saturating_add(io.span.length_bytes().into()) as usize;
+        if !aligned || end > media.images[image].visible.len() * SECTOR {
+            self.shared.fail(format!("a transfer outside the image: {io:?}"));
+        }
+        if media.images[image].read_only && io.kind == IoKind::Write {
+            self.shared.fail("a write to an image that was opened to be read");
+        }
+        media.numbers += 1;
+        let number = media.numbers;
+        let data = if io.kind == IoKind::Write { self.pool.bytes(io.span).to_vec() } else { Vec::new() };
+        let mut covers =
+            if io.kind == IoKind::Flush { media.images[image].taken.clone() } else { BTreeSet::new() };
+        if self.shared.plant.get() == Plant::FlushSkipsLast {
+            covers.remove(&media.images[image].taken_last);
+        }
+        let mut io = io;
+        if self.shared.plant.get() == Plant::WriteMisplaced && io.kind == IoKind::Write && end < 64 * SECTOR {
+            io.offset_bytes += 512;
+        }
+        media.queued.push(Running { io, image, number, due_us: 0, data, covers });
+    }
+
+    fn submit(&mut self) {
+        self.shared.point("submit", 0, 0);
+        let (faults, now) = (self.shared.faults.get(), self.shared.clock.now_us());
+        let mut media = self.shared.media.borrow_mut();
+        for mut one in std::mem::take(&mut media.queued) {
+            let mut latency = self.shared.below(faults.latency_us_max + 1);
+            if self.shared.strikes(faults.slow) {
+                latency *= 100;
+            }
+            one.due_us = now + latency;
+            if media.hang_next == Some(one.io.kind) {
+                media.hang_next = None;
+                one.due_us = u64::MAX;
+            }
+            if one.io.kind == IoKind::Read {
+                // The device may write there from now on.
+                self.pool.bytes_mut(one.io.span).fill(0xA5);
+            }
+            media.transfers += 1;
+            media.running.push(one);
+        }
+    }
+
+    fn done(&mut self) -> Option<Done> {
+        self.shared.point("done", 0, 0);
+        let now = self.shared.clock.now_us();
+        let one = {
+            let mut media = self.shared.media.borrow_mut();
+            let ready: Vec<usize> =
+                (0..media.running.len()).filter(|n| media.running[*n].due_us <= now).collect();
+            if ready.is_empty() {
+                return None;
+            }
+            media.running.swap_remove(ready[self.shared.index(ready.len())])
+        };
+        let result = self.finish(&one);
+        if one.io.kind == IoKind::Write {
+            let mut media = self.shared.media.borrow_mut();
+            let image = &mut media.images[one.image];
+            image.taken.insert(one.number);
+            image.taken_last = one.number;
+        }
+        self.shared.note("ended", one.io.offset_bytes, u64::from(result.is_ok()));
+        Some(Done { token: one.io.token, result })
+    }
+}
