@@ -1,7 +1,7 @@
 # What scenarios are written with. Sourced by busybox sh in dom0. The host understands lines that begin with "@".
 
 LOGS=/var/log/xen/console
-TIMEOUT=${TIMEOUT:-60}     # seconds that any single step may take
+TIMEOUT=${TIMEOUT:-120}     # seconds that any single step may take
 POLL=${POLL:-0.1}           # seconds between two looks; long in the benchmark, where every look would be measured
 
 story() { echo "@say $*"; }
