@@ -270,7 +270,10 @@ storage_up() {
 }
 
 storage_down() {
-  if [ "$1" = dom0 ]; then umount /srv/images; else
+  if [ "$1" = dom0 ]; then
+    [ ! -e /run/vbdd.pid ] || vbdd_stop dom0 || return 1
+    umount /srv/images
+  else
     on storage "/bin/sh /etc/vbdd/shutdown; ! grep /srv/images /proc/mounts" || { warn "/srv/images stays busy"; return 1; }
     local be
     be=$(be_of storage xvda)
