@@ -7,6 +7,7 @@ failed() { warn "$*"; tail -20 /run/vbdd.log /run/qdisk.*.log 2>/dev/null; exit 
 
 # Between two looks of ours nothing but the load runs: the looks are rare, and the load starts well after the first.
 POLL=10
+LOOK_MS=10000
 TIMEOUT=200
 SIZE=33554432
 
@@ -15,7 +16,7 @@ disk_of() { case $1 in blkback) echo xvdb ;; qdisk) echo xvdc ;; vbdd3) echo xvd
 mkdir -p /srv/images
 mount -t tmpfs tmpfs /srv/images
 guest guest pv 192 || failed "no guest"
-POLL=1 start guest || failed "the guest did not start"
+POLL=1 LOOK_MS=500 start guest || failed "the guest did not start"
 story "a guest is up"
 for flavour in $FLAVOURS; do
   vbdd-guest pattern 5 $SIZE >"/srv/images/$flavour.img"
@@ -47,6 +48,7 @@ done
 
 case " $FLAVOURS " in *" vbdd3 "*) ;; *) exit 0 ;; esac
 POLL=1
+LOOK_MS=500
 pid=$(cat /run/vbdd.pid)
 for letter in e f g h i j k; do
   truncate -s 8M "/srv/images/idle-$letter.img"
