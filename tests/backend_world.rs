@@ -38,7 +38,7 @@ fn neighbour_is_well(host: &mut Host) {
 }
 
 fn both_places(run: impl Fn(u64, u16)) {
-    for seed in (0..3).chain(RESTLESS..RESTLESS + 3) {
+    for seed in (0..2).chain(RESTLESS..RESTLESS + 2) {
         run(seed, 0);
         run(seed, 3);
     }
@@ -87,7 +87,7 @@ fn unplug_cleanly(host: &mut Host, guest: u16) {
 
 #[test]
 fn a_clean_unplug_in_dom0_leaves_the_directory() {
-    for seed in (0..3).chain(RESTLESS..RESTLESS + 3) {
+    for seed in (0..2).chain(RESTLESS..RESTLESS + 2) {
         let mut host = with_neighbour(seed, 0);
         attached(&mut host, 7, 100);
         unplug_cleanly(&mut host, 7);
@@ -107,7 +107,7 @@ fn a_clean_unplug_in_dom0_leaves_the_directory() {
 
 #[test]
 fn a_clean_unplug_in_a_driver_domain_removes_the_directory_after_a_while() {
-    for seed in (0..3).chain(RESTLESS..RESTLESS + 3) {
+    for seed in (0..2).chain(RESTLESS..RESTLESS + 2) {
         let mut host = with_neighbour(seed, 3);
         attached(&mut host, 7, 100);
         unplug_cleanly(&mut host, 7);
@@ -205,7 +205,7 @@ fn a_boot_loader_hands_its_disk_to_a_kernel() {
 
 #[test]
 fn ten_stops_and_ten_deaths_under_io_are_only_pauses() {
-    for seed in (0..2).chain(RESTLESS..RESTLESS + 2) {
+    for seed in (0..1).chain(RESTLESS..RESTLESS + 1) {
         for own in [0, 3] {
             let mut host = Host::new(seed, own);
             for guest in 1..=3 {
@@ -404,8 +404,10 @@ fn a_flush_that_hangs_does_not_keep_the_pages_of_a_guest_that_is_gone() {
         host.shared.media.borrow_mut().hang_next = Some(vbdd::storage::IoKind::Flush);
         host.set_be(7, &[("online", "0"), ("state", "5")]);
         host.set_fe(7, &[("state", "6")]);
-        host.run_for(Duration::from_millis(100));
-        assert_eq!(host.shared.xen.borrow().maps_of(7), 1, "the flush at the end of a drain hangs");
+        host.run_until("the flush at the end of the drain hangs", |host| {
+            host.shared.media.borrow().hang_next.is_none()
+        });
+        assert_eq!(host.shared.xen.borrow().maps_of(7), 1);
         host.destroy_domain(7);
         let fe = Host::fe(7);
         host.store.remove(0, &fe).unwrap();

@@ -341,7 +341,9 @@ impl Host {
         }
         drop(guests);
         self.busy = 0;
-        self.sleep()
+        // An event that is held back comes at last.
+        self.store.settle();
+        self.shuttle() || self.sleep()
     }
 
     /// Moves bytes between the backend and xenstored. True if any moved.
