@@ -1,5 +1,4 @@
-# Builds the static binaries that go into the domains. Sourced after common.sh. Sets VBDD, VBDD_GUEST and
-# CONFORMANCE (the check of the xenstore client against the real xenstored).
+# Builds the static binaries that go into the domains. Sourced after common.sh. Sets VBDD and VBDD_GUEST.
 
 # build_binaries BACKEND...: vbdd only where one of the backends is vbdd.
 build_binaries() {
@@ -9,10 +8,13 @@ build_binaries() {
   (cd "$REPO_DIR" && RUSTFLAGS="-C target-feature=+crt-static" cargo build --release --quiet --target "$RUST_TARGET" $packages) ||
     die "the build failed"
   VBDD_GUEST=$out/vbdd-guest
-  if [ -e "$REPO_DIR/examples/xenstore_conformance.rs" ]; then
-    (cd "$REPO_DIR" && RUSTFLAGS="-C target-feature=+crt-static" cargo build --release --quiet --target "$RUST_TARGET" \
-      -p vbdd --example xenstore_conformance) || die "the build of the xenstore conformance program failed"
-    CONFORMANCE=$out/examples/xenstore_conformance
-  fi
   case $packages in *vbdd*) VBDD=$out/vbdd ;; esac
+}
+
+# Sets CONFORMANCE: the check of the xenstore client against the real xenstored. Unoptimised, as it need not be fast.
+build_conformance() {
+  CONFORMANCE=$REPO_DIR/target/$RUST_TARGET/debug/examples/xenstore_conformance
+  (cd "$REPO_DIR" && CARGO_PROFILE_DEV_DEBUG=0 CARGO_PROFILE_DEV_STRIP=debuginfo RUSTFLAGS="-C target-feature=+crt-static" \
+    cargo build --quiet --target "$RUST_TARGET" -p vbdd --example xenstore_conformance) ||
+    die "the build of the xenstore conformance program failed"
 }

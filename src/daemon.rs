@@ -50,9 +50,12 @@ pub fn serve(options: &ServeOptions) -> Result<(), Error> {
         .format_timestamp_millis()
         .init();
     info!("vbdd {} starts", env!("CARGO_PKG_VERSION"));
+    let mut claims = Vec::new();
     for kind in &options.kinds {
         owners::check(std::path::Path::new("/"), kind)?;
+        claims.push(owners::claim(kind)?);
     }
+    raise_descriptor_limit();
     let signals = Signals::open()?;
     let Some(mut daemon) = Daemon::open(options, signals)? else { return Ok(()) };
     daemon.run();
@@ -131,6 +134,8 @@ impl Daemon {
             if self.ended(now) {
                 return;
             }
+            // What was just written may have been refused at once: no descriptor tells of that.
+            let more = more || self.xenbus.session().has_events();
             let timeout = if more { Some(Duration::ZERO) } else { self.timeout() };
             self.reactor.wait(timeout, &mut ready);
             let now = self.started.elapsed();
@@ -282,6 +287,16 @@ fn wait_for_domain(
         let now_ms = millis(started.elapsed());
         xenbus.handle_readable(now_ms);
         xenbus.handle_time(now_ms);
+    }
+}
+
+/// Takes as many descriptors as may be had: each image takes one or two, and the usual soft limit is 1024 for programs that
+/// call `select`.
+fn raise_descriptor_limit() {
+    let mut limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(errno) = rustix::process::setrlimit(rustix::process::Resource::Nofile, limit) {
+        warn!("cannot raise the limit on open files: {errno}; many disks may need more");
     }
 }
 

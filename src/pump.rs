@@ -208,7 +208,11 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         let (journal, owed) = match inherited {
             Some((journal, owed)) => (Some(journal), owed),
             None => {
-                (memory.and_then(|memory| Journal::create(memory, entries, &record, produced)), Vec::new())
+                let created = memory.and_then(|memory| Journal::create(memory, entries, &record, produced));
+                if let (None, Some(memory)) = (&created, memory) {
+                    self.journals.close(&plan.journal, memory, true);
+                }
+                (created, Vec::new())
             }
         };
         // A fresh ring has answered nothing, so this is where it starts too; and a frontend that does not wait for state

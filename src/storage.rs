@@ -65,6 +65,9 @@ pub struct Opened {
     pub physical_block_bytes: u32,
     /// Whether it bypasses the page cache.
     pub direct: bool,
+    /// False for a writable image that another open file has locked: another program, or a process that is gone and whose
+    /// last writes are not over.
+    pub locked: bool,
 }
 
 /// What is to be done with bytes of a file.

@@ -1,5 +1,5 @@
 //! Guests that misbehave beside one that does not: the sane one never notices.
-#![allow(missing_docs)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::cast_possible_truncation)]
 
 mod world;
 
@@ -46,7 +46,7 @@ fn unharmed(mut world: World) -> Result<World, String> {
 fn junk_on_other_rings_harms_nobody() {
     let mut misdeeds = 0;
     let mut broken = 0;
-    for seed in 0..40 {
+    for seed in 0..20 {
         let world = unharmed(besieged(seed, victim(), &[WILD, WILD, STORM])).unwrap();
         let own: u64 =
             world.backend.lines.iter().filter(|line| line.vbd == 0).map(|line| line.misdeeds).sum();
@@ -54,7 +54,7 @@ fn junk_on_other_rings_harms_nobody() {
         broken += u64::from(theirs > 0);
         misdeeds += theirs - own;
     }
-    assert!(misdeeds > 500 && broken == 40, "{misdeeds} misdeeds in {broken} runs: too tame");
+    assert!(misdeeds > 250 && broken == 20, "{misdeeds} misdeeds in {broken} runs: too tame");
 }
 
 #[test]
@@ -62,7 +62,7 @@ fn a_turn_is_bounded_whatever_the_guests_do() {
     // Eight rounds of 32 requests from each of 5 rings; a request costs a transfer, its completion, and its share of
     // copies and events: no more than 4 calls.
     let bound = 8 * (5 * 32 * 4 + 16);
-    for_seeds(20, |seed| {
+    for_seeds(8, |seed| {
         let world = unharmed(besieged(seed, victim(), &[GREEDY, WILD, STORM]))?;
         let most = world.backend.calls_per_turn_max;
         if most > bound { Err(format!("{most} calls in one turn, more than {bound}")) } else { Ok(()) }
@@ -96,7 +96,7 @@ fn small_requests_of_others_do_not_keep_memory_from_large_ones() {
 
 #[test]
 fn an_honest_guest_under_load_is_never_taken_for_a_storm() {
-    for_seeds(40, |seed| {
+    for_seeds(15, |seed| {
         let mut world = besieged(seed, Habits { requests: 400, ..victim() }, &[]);
         world.run()?;
         match world.backend.delay_us_max {
@@ -110,7 +110,9 @@ fn an_honest_guest_under_load_is_never_taken_for_a_storm() {
 fn a_storm_of_events_costs_less_and_less() {
     let mut world = besieged(1, Habits { requests: 0, ..victim() }, &[STORM]);
     let start = world.backend.turns;
-    // Nobody but the storming guest acts, once in 50 us, for ten seconds.
+    // Nobody but the storming guest acts, once in 50 us, for ten seconds, and it sends events without requests: whoever
+    // sends requests with them only uses its disk.
+    world.shared.preempt.set(false);
     while !world.backend.start() {}
     while world.shared.clock.now_us() < 10_000_000 {
         world.shared.xen.borrow_mut().guest_notify(100, 1);

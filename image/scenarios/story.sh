@@ -2,7 +2,11 @@
 . /scenario/config
 
 step() { story "$*"; }
-failed() { warn "$*"; vbdd_log "$DOMAIN" 2>/dev/null | tail -20; exit 1; }
+failed() {
+  warn "$*"
+  case $BACKEND in vbdd) echo "---- vbdd said"; vbdd_log "$DOMAIN" | tail -20 ;; esac
+  exit 1
+}
 
 storage_up "$DOMAIN" || failed "the storage of $DOMAIN did not come up"
 [ "$DOMAIN" = dom0 ] || step "the storage domain is up; its disk came from dom0's blkback"

@@ -91,13 +91,18 @@ test_existing_nodes() {
   gracefully g1 xvdc
 }
 
-# A PVH guest that booted with a disk nobody served yet.
+# A PVH guest that boots with a disk nobody serves yet: Linux waits for it before it starts anything.
 test_pvh_late() {
-  guest g3 pvh 192 || fail "no PVH guest"
+  create g3 pvh /domains/guest.cpio 192 "extra='console=hvc0 loglevel=7'" || fail "no PVH guest"
   case $FLAVOUR in vbdd*) vbdd_stop "$DOMAIN" || fail "vbdd did not end" ;; esac
   plug g3 xvdb "$FLAVOUR" "$DOMAIN" w "$(image pvh 16)" || fail "attaching"
+  xl unpause g3
+  case $FLAVOUR in vbdd*)
+    wait_for grep -q "Waiting for devices" "$LOGS/guest-g3.log" || fail "the guest did not miss its disk"
+    vbdd_start "$DOMAIN" || fail "vbdd did not start" ;;
+  esac
   start g3 || fail "the PVH guest did not boot"
-  case $FLAVOUR in vbdd*) on g3 "test ! -b /dev/xvdb" || fail "there is a disk that nobody serves"; vbdd_start "$DOMAIN" ;; esac
+  on g3 "dmesg -n 1"
   connected g3 xvdb || fail "xvdb did not connect"
   wait_for on g3 "test -b /dev/xvdb" || fail "no /dev/xvdb"
   verified g3 xvdb 2

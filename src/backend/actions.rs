@@ -140,8 +140,10 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
                 if let Some(device) = self.devices.get_mut(&address) {
                     device.queue = Some(queue);
                     let again = if plan.resume { "taken over from a predecessor" } else { "connected" };
-                    log::info!("{address}: {again}, {}", plan.ring.abi.protocol());
+                    let text = format!("{again}, {}", plan.ring.abi.protocol());
                     device.plan = Some(plan);
+                    // A guest can connect as often as it likes.
+                    self.notice(address, log::Level::Info, &text);
                 }
                 vbd::Event::Connected
             }
@@ -185,8 +187,15 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
             return;
         };
         match (device.ending, how) {
-            // An abort may overtake a drain; what is past draining ends by itself.
-            (Ending::Syncing(_), _) => return,
+            // What is past draining ends by itself. The flush may take as long as the storage likes, though, and a guest
+            // that is gone must not wait for it with its pages: that would keep the domain from being freed.
+            (Ending::Syncing(_), how) => {
+                if how == Disconnect::Abort {
+                    self.pump.abort(queue);
+                }
+                return;
+            }
+            // An abort may overtake a drain.
             _ => device.ending = Ending::Draining(how),
         }
         match how {

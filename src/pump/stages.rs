@@ -112,19 +112,37 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         if batch.requests.is_empty() {
             return;
         }
-        let whole = self.hypervisor.copy(&mut batch.segments);
-        if let Err(error) = &whole {
-            log::error!("a batch of {} grant copies failed as a whole: {error:?}", batch.segments.len());
+        if let Err(error) = self.hypervisor.copy(&mut batch.segments) {
+            log::warn!(
+                "a batch of {} grant copies failed: {error:?}; copying one by one",
+                batch.segments.len()
+            );
+            self.copy_one_by_one(batch);
         }
         let mut rest = batch.segments.as_slice();
         for request in &batch.requests {
             let (own, behind) = rest.split_at_checked(request.segments.into()).unwrap_or((rest, &[]));
             rest = behind;
-            let failed = own.iter().find(|segment| whole.is_err() || !segment.copied);
+            let failed = own.iter().find(|segment| !segment.copied);
             then(self, request.queue, request.place, failed.map(|segment| segment.grant));
         }
         batch.segments.clear();
         batch.requests.clear();
+    }
+
+    /// Copies each request of a batch by itself: what is wrong with one, or with so large a batch while memory is short, is
+    /// no reason to fail the requests of every guest.
+    fn copy_one_by_one(&mut self, batch: &mut Batch) {
+        let mut rest = batch.segments.as_mut_slice();
+        for request in &batch.requests {
+            let Some((own, behind)) = rest.split_at_mut_checked(request.segments.into()) else { return };
+            rest = behind;
+            if let Err(error) = self.hypervisor.copy(own) {
+                log::error!("a request's {} grant copies failed: {error:?}", own.len());
+                // On failure of the call the statuses mean nothing.
+                own.iter_mut().for_each(|segment| segment.copied = false);
+            }
+        }
     }
 
     /// Fetches the data of all writes of this round from the guests, and queues their transfers.

@@ -76,8 +76,12 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
                 return false;
             }
         };
-        if std::mem::take(&mut queue.announced) {
-            let delay = queue.event_delay(waiting > 0);
+        // Work that was found before its event was read counts too: a busy guest's events come late again and again.
+        let announced = std::mem::take(&mut queue.announced);
+        if waiting > 0 {
+            queue.work_found();
+        } else if announced {
+            let delay = queue.idle_event();
             if !delay.is_zero() {
                 self.delayed.push((now + delay, id));
             }
@@ -203,7 +207,8 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
                 self.report(PumpEvent::Drained(QueueId(id)));
             } else if rests {
                 self.scratch.resting.push(id);
-            } else if matches!(queue.intake, Intake::Closing(_)) {
+            } else if matches!(queue.intake, Intake::Closing(_)) && !queue.starved {
+                // A starved one is listed when there is memory; until then it has nothing to do.
                 self.list(id);
             }
         }

@@ -18,6 +18,7 @@
 pub mod backend;
 pub mod clock;
 pub mod guest;
+pub mod host;
 pub mod hostile;
 pub mod hypervisor;
 pub mod journals;

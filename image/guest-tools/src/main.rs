@@ -3,17 +3,20 @@
 //! - `pattern SEED BYTES`: prints pseudo-random bytes that anyone can make again.
 //! - `load PATH SHAPE DEPTH REQUESTS [SEED]`: a counted load; SHAPE is randread, randwrite (4 KiB), read or write (128 KiB).
 //! - `verify PATH BLOCKS STOP-FILE SECONDS [SEED]`: writes and checks 4 KiB blocks until STOP-FILE exists.
+//! - `ask TTY LOG SECONDS LOOK_MS COMMAND`: run in dom0; has the agent at the other end of a console run COMMAND.
 #![allow(clippy::print_stdout, clippy::print_stderr)] // a command-line tool whose output is its purpose
 
+mod ask;
 mod direct;
 mod load;
 mod pattern;
 mod verify;
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 const USAGE: &str = "usage: vbdd-guest pattern SEED BYTES | load PATH SHAPE DEPTH REQUESTS [SEED] | \
-                     verify PATH BLOCKS STOP-FILE SECONDS [SEED]";
+                     verify PATH BLOCKS STOP-FILE SECONDS [SEED] | ask TTY LOG SECONDS LOOK_MS COMMAND";
 
 fn word(words: &[String], at: usize) -> Result<&str, String> {
     words.get(at).map(String::as_str).ok_or_else(|| USAGE.to_owned())
@@ -28,9 +31,14 @@ fn seed(words: &[String], at: usize) -> Result<u64, String> {
     if words.len() > at { number(words, at) } else { Ok(1) }
 }
 
-fn run(words: &[String]) -> Result<(), String> {
+fn run(words: &[String]) -> Result<u8, String> {
     let line = match word(words, 0)? {
-        "pattern" => return pattern::print(number(words, 1)?, number(words, 2)?),
+        "pattern" => return pattern::print(number(words, 1)?, number(words, 2)?).map(|()| 0),
+        "ask" => {
+            let (limit, look) =
+                (Duration::from_secs(number(words, 3)?), Duration::from_millis(number(words, 4)?));
+            return ask::run(word(words, 1)?, word(words, 2)?, limit, look, word(words, 5)?);
+        }
         "load" => {
             let shape = load::Shape::named(word(words, 2)?).ok_or_else(|| USAGE.to_owned())?;
             let depth = usize::try_from(number(words, 3)?).map_err(|e| e.to_string())?;
@@ -46,13 +54,13 @@ fn run(words: &[String]) -> Result<(), String> {
         _ => return Err(USAGE.to_owned()),
     };
     println!("{line}");
-    Ok(())
+    Ok(0)
 }
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
     match run(&words) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(status) => ExitCode::from(status),
         Err(reason) => {
             eprintln!("vbdd-guest: {reason}");
             ExitCode::FAILURE
