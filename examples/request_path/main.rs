@@ -289,10 +289,10 @@ fn print_stages(clock: &Clock, requests: u64) {
     println!("stage {itself:8.0} ns  pump itself: take, parse, books, publish (in the turn)");
 }
 
-fn print_memory(plan: &Plan, guest_pages: usize) {
+fn print_memory(when: &str, plan: &Plan, guest_pages: usize) {
     let guests_kib = plan.disks * guest_pages * 4;
     println!(
-        "rss_kib={} anonymous_kib={} file_kib={} shared_kib={} of_which_guests_kib={guests_kib}",
+        "{when} rss_kib={} anonymous_kib={} file_kib={} shared_kib={} of_which_guests_kib={guests_kib}",
         measure::status("VmRSS"),
         measure::status("RssAnon"),
         measure::status("RssFile"),
@@ -330,7 +330,9 @@ fn measure_path(plan: &Plan, journals: &Path) -> Result<(), String> {
     }
     if let Some(time) = plan.idle {
         let pages = process.guests.first().map_or(0, |guest| guest.habit().guest_pages());
-        print_memory(plan, pages);
+        print_memory("after_load", plan, pages);
+        process.pump.storage.inner.trim();
+        print_memory("after_trim", plan, pages);
         process.idle(time);
     }
     let errors: u64 = process.guests.iter().map(|guest| guest.errors).sum();
