@@ -17,7 +17,7 @@ scenario() {
     *)
       echo "@fail $DOMAIN: $title: $(grep '^reason:' /run/scenario.out | tail -1)"
       FAILED=$((FAILED + 1))
-      echo "---- output of the failed scenario"; tail -40 /run/scenario.out | tr -cd '[:print:]\n'
+      echo "---- output of the failed scenario"; tail -40 /run/scenario.out | tr -cd '\n -~'
       echo "---- vbdd's last words"; only_vbdd_log
       echo "----"
       for name in $(cd /run && ls ./*.domid 2>/dev/null | sed 's|^\./||; s/\.domid$//'); do

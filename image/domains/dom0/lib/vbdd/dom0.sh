@@ -47,6 +47,8 @@ wait_for() {
     [ "$NOW" -lt $end ] || return 1
     doze "$POLL"
   done
+  # The loop's own status is that of doze, which is a timeout.
+  return 0
 }
 
 # ------------------------------------------------------------------------------------------------------ domains
