@@ -345,7 +345,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
                  the guests know how to share it",
                 other.frontend, other.devid
             ))
-        } else if !opened.locked && !request.forced {
+        } else if !opened.locked {
             Err(format!(
                 "{path} is locked: another program writes it, or the last writes of an earlier vbdd are not over; wait, or \
                  use mode w! to share it"

@@ -103,8 +103,12 @@ impl Daemon {
         info!("serving {} as domain {own_domain}, {place:?}", options.kinds.join(", "));
         let vbd = Config { default_abi: options.default_abi, ..Config::new(own_domain, place) };
         let kinds = options.kinds.iter().filter_map(|name| Kind::from_name(name)).collect();
+        let assume_clean = options.assume_clean;
         let options = Options { kinds, vbd };
         let mut backend = Backend::new(options, hypervisor, storage, Box::new(journals), started.elapsed());
+        if assume_clean {
+            backend.pump().assume_clean();
+        }
         for event in first_events {
             backend.deliver(xenbus.session(), event);
         }

@@ -31,8 +31,10 @@ pub struct FileId(pub u32);
 pub enum Access {
     /// Reads only.
     ReadOnly,
-    /// Reads and writes.
+    /// Reads and writes; nobody else should.
     ReadWrite,
+    /// Reads and writes, and the administrator vouches for others who do so too: no claim, no lock.
+    ReadWriteShared,
 }
 
 /// Tells one file from another whatever path led to it: the sharing check compares these.

@@ -119,7 +119,7 @@ impl Opening<'_> {
     fn prepared(&self, fd: OwnedFd, tail: Option<OwnedFd>, path: Path, shape: Shape) -> Prepared {
         let physical_block_bytes = physical_block(&fd, self.image, shape.block);
         let (access, identity) = (self.access, self.image.identity);
-        let locked = access == Access::ReadOnly || self.image.is_device() || lock(&fd);
+        let locked = access != Access::ReadWrite || self.image.is_device() || lock(&fd);
         Prepared { fd, tail, path, shape, access, identity, physical_block_bytes, locked }
     }
 }
