@@ -199,12 +199,12 @@ mod tests {
             for _ in 0..2 {
                 reactor.wait(None, &mut ready);
                 let readable = Ready { key: 7, readable: true, writable: false };
-                assert_eq!(ready.drain(..).collect::<Vec<_>>(), [readable], "{waiting:?}: level-triggered");
+                assert_eq!(std::mem::take(&mut ready), [readable], "{waiting:?}: level-triggered");
             }
             reactor.modify(far.as_fd(), 8, true).unwrap();
             reactor.wait(None, &mut ready);
             let both = Ready { key: 8, readable: true, writable: true };
-            assert_eq!(ready.drain(..).collect::<Vec<_>>(), [both], "{waiting:?}");
+            assert_eq!(std::mem::take(&mut ready), [both], "{waiting:?}");
             drop(near);
             reactor.modify(far.as_fd(), 8, false).unwrap();
             reactor.wait(None, &mut ready);
