@@ -12,6 +12,8 @@ mod status;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
+use formats::Raw;
+use formats::raw::TooSmall;
 use xenstore::{JobId, Outcome, Path, WatchToken};
 
 use crate::hypervisor::{DomainId, Hypervisor};
@@ -101,6 +103,8 @@ pub struct Backend<H, S> {
     pending: VecDeque<(Address, Pending)>,
     /// Device whose read of the world found the client full.
     crowded: Vec<Address>,
+    /// Directories whose listing did: at most one for each guest and kind.
+    unlisted: Vec<Purpose>,
     stopping: bool,
 }
 
@@ -125,6 +129,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
             jobs: BTreeMap::new(),
             pending: VecDeque::new(),
             crowded: Vec::new(),
+            unlisted: Vec::new(),
             stopping: false,
         }
     }
@@ -234,6 +239,9 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
         for address in std::mem::take(&mut self.crowded) {
             self.read_world(session, address);
         }
+        for purpose in std::mem::take(&mut self.unlisted) {
+            self.list(session, purpose);
+        }
         let mut actions = Vec::new();
         while let Some((address, pending)) = self.pending.pop_front() {
             let Some(device) = self.devices.get_mut(&address) else { continue };
@@ -289,16 +297,16 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
         image.map_or_else(String::new, |image| image.request.image.path.clone())
     }
 
-    /// Who else has the same file open in a way that does not go together with `request`.
+    /// Who else has the same file open in a way that does not go together with `request`, which asks for it alone if it
+    /// writes: another user's `!` vouches for that user only.
     fn sharer(&self, address: Address, identity: Identity, request: &OpenRequest) -> Option<Address> {
         if request.forced {
             return None;
         }
         let clash = |other: &Device| {
             other.image.as_ref().is_some_and(|image| {
-                image.opened.identity == identity
-                    && !image.request.forced
-                    && !(image.request.read_only && request.read_only)
+                let vouched_for = request.read_only && (image.request.read_only || image.request.forced);
+                image.opened.identity == identity && !vouched_for
             })
         };
         let mut others = self.devices.iter().filter(|(other, _)| **other != address);
@@ -331,28 +339,35 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
         opened: Opened,
     ) -> Result<vbd::Geometry, String> {
         let path = &request.image.path;
-        let sectors = opened.size_bytes / 512;
-        let refusal = if let Some(other) = self.sharer(address, opened.identity, &request) {
-            Some(format!(
+        let raw = if let Some(other) = self.sharer(address, opened.identity, &request) {
+            Err(format!(
                 "{path} is in use by guest {} as device {}, and not both read-only; detach it there, or use mode w! if \
                  the guests know how to share it",
                 other.frontend, other.devid
             ))
-        } else if sectors == 0 {
-            Some(format!("{path} is smaller than one sector of 512 bytes"))
+        } else if !opened.locked {
+            Err(format!(
+                "{path} is locked: another program writes it, or the last writes of an earlier vbdd are not over; wait, or \
+                 use mode w! to share it"
+            ))
         } else {
-            None
+            Raw::open(opened.size_bytes)
+                .map_err(|TooSmall| format!("{path} is smaller than one sector of 512 bytes"))
         };
-        if let Some(refusal) = refusal {
-            self.pump.storage.close(opened.file);
-            return Err(refusal);
-        }
-        if !opened.size_bytes.is_multiple_of(512) {
-            let rest = opened.size_bytes % 512;
+        let raw = match raw {
+            Ok(raw) => raw,
+            Err(refusal) => {
+                self.pump.storage.close(opened.file);
+                return Err(refusal);
+            }
+        };
+        if raw.ragged_bytes() > 0 {
+            let rest = raw.ragged_bytes();
             let text =
                 format!("{path}: the last {rest} bytes are no whole sector; the guest does not see them");
             self.notice(address, log::Level::Warn, &text);
         }
+        let sectors = raw.geometry().sectors;
         let disk = self.pump.add_disk(opened.file, sectors, request.read_only);
         let physical_sector_bytes = opened.physical_block_bytes;
         if let Some(device) = self.devices.get_mut(&address) {

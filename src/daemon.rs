@@ -11,7 +11,7 @@ use crate::control;
 use crate::error::Error;
 use crate::hypervisor::LinuxHypervisor;
 use crate::journal::JournalDirectory;
-use crate::limits::{DATA_MEMORY_BYTES, STOP_PATIENCE};
+use crate::limits::{DATA_MEMORY_BYTES, STOP_PATIENCE, TRIM_AFTER};
 use crate::owners;
 use crate::reactor::{Reactor, Ready};
 use crate::signals::{Signal, Signals};
@@ -36,6 +36,7 @@ struct Daemon {
     control: control::Server,
     backend: Backend<LinuxHypervisor, LinuxStorage>,
     stop_by: Option<Duration>,
+    trim_at: Option<Duration>,
 }
 
 /// Serves until a signal ends it.
@@ -49,9 +50,12 @@ pub fn serve(options: &ServeOptions) -> Result<(), Error> {
         .format_timestamp_millis()
         .init();
     info!("vbdd {} starts", env!("CARGO_PKG_VERSION"));
+    let mut claims = Vec::new();
     for kind in &options.kinds {
         owners::check(std::path::Path::new("/"), kind)?;
+        claims.push(owners::claim(kind)?);
     }
+    raise_descriptor_limit();
     let signals = Signals::open()?;
     let Some(mut daemon) = Daemon::open(options, signals)? else { return Ok(()) };
     daemon.run();
@@ -99,8 +103,12 @@ impl Daemon {
         info!("serving {} as domain {own_domain}, {place:?}", options.kinds.join(", "));
         let vbd = Config { default_abi: options.default_abi, ..Config::new(own_domain, place) };
         let kinds = options.kinds.iter().filter_map(|name| Kind::from_name(name)).collect();
+        let assume_clean = options.assume_clean;
         let options = Options { kinds, vbd };
         let mut backend = Backend::new(options, hypervisor, storage, Box::new(journals), started.elapsed());
+        if assume_clean {
+            backend.pump().assume_clean();
+        }
         for event in first_events {
             backend.deliver(xenbus.session(), event);
         }
@@ -115,6 +123,7 @@ impl Daemon {
             control,
             backend,
             stop_by: None,
+            trim_at: None,
         }))
     }
 
@@ -129,12 +138,17 @@ impl Daemon {
             if self.ended(now) {
                 return;
             }
+            // What was just written may have been refused at once: no descriptor tells of that.
+            let more = more || self.xenbus.session().has_events();
             let timeout = if more { Some(Duration::ZERO) } else { self.timeout() };
             self.reactor.wait(timeout, &mut ready);
             let now = self.started.elapsed();
             for ready in ready.drain(..) {
                 self.dispatch(ready, now);
             }
+            // io_uring may have ended the wait without making its descriptor readable; asking it costs no system call.
+            self.backend.pump().storage.ready();
+            self.trim(now);
             if self.xenbus.timeout().is_some_and(|at| at <= millis(now)) {
                 self.xenbus.handle_time(millis(now));
             }
@@ -152,9 +166,20 @@ impl Daemon {
                     self.xenbus.handle_readable(millis(now));
                 }
             }
-            STORAGE => self.backend.pump().storage.ready(),
+            STORAGE => {}
             SIGNALS => self.take_signals(now),
             _ => self.control.ready(ready, now, &mut self.reactor),
+        }
+    }
+
+    /// Gives the memory of past load back to the system, once, when there has been no load for a while.
+    fn trim(&mut self, now: Duration) {
+        let storage = &mut self.backend.pump().storage;
+        if storage.in_flight() > 0 {
+            self.trim_at = Some(now + TRIM_AFTER);
+        } else if self.trim_at.is_some_and(|at| at <= now) {
+            storage.trim();
+            self.trim_at = None;
         }
     }
 
@@ -228,7 +253,7 @@ impl Daemon {
 
     fn timeout(&self) -> Option<Duration> {
         let store = self.xenbus.timeout().map(Duration::from_millis);
-        let deadlines = [store, self.backend.deadline(), self.control.deadline(), self.stop_by];
+        let deadlines = [store, self.backend.deadline(), self.control.deadline(), self.stop_by, self.trim_at];
         let first = deadlines.into_iter().flatten().min()?;
         Some(first.saturating_sub(self.started.elapsed()))
     }
@@ -266,6 +291,16 @@ fn wait_for_domain(
         let now_ms = millis(started.elapsed());
         xenbus.handle_readable(now_ms);
         xenbus.handle_time(now_ms);
+    }
+}
+
+/// Takes as many descriptors as may be had: each image takes one or two, and the usual soft limit is 1024 for programs that
+/// call `select`.
+fn raise_descriptor_limit() {
+    let mut limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(errno) = rustix::process::setrlimit(rustix::process::Resource::Nofile, limit) {
+        warn!("cannot raise the limit on open files: {errno}; many disks may need more");
     }
 }
 

@@ -6,6 +6,8 @@
 
 use std::collections::VecDeque;
 
+use formats::Raw;
+
 use crate::storage::{FileId, StorageError};
 
 /// Names an epoch of a [`Disk`]: a free-running counter.
@@ -26,8 +28,8 @@ struct Closing {
 pub struct Disk {
     /// The image.
     pub file: FileId,
-    /// Size that the guest was told, in sectors of 512 bytes.
-    pub size_sectors: u64,
+    /// Where the disk's sectors lie in it.
+    pub image: Raw,
     /// Writes are refused (XSA-142).
     pub read_only: bool,
     current: u32,
@@ -47,7 +49,7 @@ impl Disk {
     pub fn new(file: FileId, size_sectors: u64, read_only: bool, flushes_max: usize) -> Disk {
         Disk {
             file,
-            size_sectors,
+            image: Raw::of_sectors(size_sectors),
             read_only,
             current: 0,
             writes_in_current: 0,

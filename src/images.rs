@@ -136,7 +136,7 @@ impl Roots {
         let mut flags = extra | OFlags::NOFOLLOW | OFlags::NOCTTY;
         flags |= match access {
             Access::ReadOnly => OFlags::RDONLY,
-            Access::ReadWrite => OFlags::RDWR,
+            Access::ReadWrite | Access::ReadWriteShared => OFlags::RDWR,
         };
         if image.is_device() {
             if access == Access::ReadWrite {
@@ -291,7 +291,7 @@ fn identity(path: &str, kind: FileType, stat: &Stat) -> Result<Identity, OpenErr
 
 /// The operator's sentence for an errno. `access` is what was asked for, where opening and not finding failed.
 pub(crate) fn explain(path: &str, errno: Errno, access: Option<Access>) -> OpenError {
-    let writing = access == Some(Access::ReadWrite);
+    let writing = matches!(access, Some(Access::ReadWrite | Access::ReadWriteShared));
     let reason = match errno {
         Errno::NOENT => String::from("does not exist; check the path"),
         Errno::NOTDIR => String::from("something on the way to it is not a directory; check the path"),

@@ -168,6 +168,7 @@ impl Journal {
         if responses_produced.wrapping_sub(published) > entries {
             return None;
         }
+        journal.produced(responses_produced);
         let mut owed = Vec::new();
         for entry in 0..entries {
             match journal.owed(entry, responses_produced) {
@@ -305,7 +306,7 @@ mod tests {
     fn what_is_owed_comes_in_the_order_of_taking_however_old() {
         let mut room = Room([0; 8192]);
         let memory = memory(&mut room);
-        let mut journal = Journal::create(memory, 8, &record()).unwrap();
+        let mut journal = Journal::create(memory, 8, &record(), 0).unwrap();
         for start in [0, u32::MAX - 3] {
             journal.order = start;
             journal.taken(5, &[1; LARGEST_STRIDE]);
@@ -325,7 +326,7 @@ mod tests {
     fn an_answer_that_was_not_published_is_owed_again_whatever_is_published_meanwhile() {
         let mut room = Room([0; 8192]);
         let memory = memory(&mut room);
-        let mut journal = Journal::create(memory, 8, &record()).unwrap();
+        let mut journal = Journal::create(memory, 8, &record(), 40).unwrap();
         journal.taken(0, &[0; LARGEST_STRIDE]);
         journal.answered(0, 40);
         journal.taken(1, &[1; LARGEST_STRIDE]);
@@ -342,8 +343,8 @@ mod tests {
         let mut room = Room([0; 8192]);
         let memory = memory(&mut room);
         assert!(Journal::inherit(memory, 8, &record(), 0).is_none(), "nothing but zeroes");
-        assert!(Journal::create(memory, 64, &record()).is_none(), "too small");
-        Journal::create(memory, 8, &record()).unwrap().taken(0, &[0; LARGEST_STRIDE]);
+        assert!(Journal::create(memory, 64, &record(), 0).is_none(), "too small");
+        Journal::create(memory, 8, &record(), 0).unwrap().taken(0, &[0; LARGEST_STRIDE]);
         let other = RingRecord { remote_port: 4, ..record() };
         assert!(Journal::inherit(memory, 8, &other, 0).is_none());
         assert!(Journal::inherit(memory, 8, &record(), 0).is_some_and(|(_, owed)| owed.len() == 1));

@@ -51,3 +51,6 @@ pub const CONTROL_SESSIONS_MAX: usize = 16;
 pub const CONTROL_SESSION_AGE: Duration = Duration::from_secs(10);
 /// See [`CONTROL_SESSIONS_MAX`].
 pub const CONTROL_LINE_BYTES_MAX: usize = 1024;
+
+/// How long after the last request the buffers' memory goes back to the system.
+pub const TRIM_AFTER: Duration = Duration::from_secs(5);

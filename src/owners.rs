@@ -1,6 +1,9 @@
 //! Who else on this machine serves a kind: two owners of one device would both map its ring.
 
 use std::fs;
+use std::io::ErrorKind;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener};
 use std::path::Path;
 
 use crate::error::Error;
@@ -29,6 +32,30 @@ pub fn check(filesystem: &Path, kind: &str) -> Result<(), Error> {
     }
 }
 
+/// A kind that this process serves, and no other vbdd of this machine, until it is dropped or the process ends.
+#[derive(Debug)]
+pub struct Claim {
+    _name: UnixListener,
+}
+
+/// Claims `kind` against every other vbdd, whatever state directory that one uses: two would close each other's rings.
+///
+/// The claim is the name of an abstract socket, to which nobody connects: the kernel frees it with the process.
+///
+/// # Errors
+/// Another vbdd serves that kind.
+pub fn claim(kind: &str) -> Result<Claim, Error> {
+    let name = SocketAddr::from_abstract_name(format!("vbdd-serves-{kind}"));
+    match name.and_then(|name| UnixListener::bind_addr(&name)) {
+        Ok(listener) => Ok(Claim { _name: listener }),
+        Err(error) if error.kind() == ErrorKind::AddrInUse => Err(Error::new(
+            format!("another vbdd serves kind {kind} already"),
+            "stop it first, or leave that --kind away",
+        )),
+        Err(error) => Err(Error::new(format!("cannot claim kind {kind}: {error}"), "")),
+    }
+}
+
 /// The process id of a process called `name`.
 fn process_named(filesystem: &Path, name: &str) -> Option<u32> {
     let entries = fs::read_dir(filesystem.join("proc")).ok()?;
@@ -42,6 +69,15 @@ fn process_named(filesystem: &Path, name: &str) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_kind_is_served_once() {
+        let kind = format!("test-{}", std::process::id());
+        let first = claim(&kind).unwrap();
+        assert!(claim(&kind).unwrap_err().to_string().contains("another vbdd serves kind"));
+        drop(first);
+        assert!(claim(&kind).is_ok());
+    }
 
     #[test]
     fn each_owner_is_seen_and_named() {

@@ -70,6 +70,16 @@ pub struct RingPlan {
     pub journal: String,
 }
 
+/// Why a ring was not attached; nothing is mapped or bound.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum AttachError {
+    /// The hypervisor refused.
+    Hypervisor(HypervisorError),
+    /// A predecessor's ring has requests on it, and no journal tells which of them were taken: serving it could do a write
+    /// twice that the guest has overtaken, or never answer one.
+    Unrecorded,
+}
+
 /// Whose a transfer or a flush is, as storage carries it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Token {
@@ -109,6 +119,8 @@ pub struct Pump<H, S> {
     /// The storage.
     pub storage: S,
     journals: Box<dyn JournalStore>,
+    /// A ring without a journal was left with everything answered: the administrator says so.
+    assume_clean: bool,
     queues: Vec<Option<Queue>>,
     names: Vec<String>,
     disks: Vec<Option<Disk>>,
@@ -133,6 +145,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             hypervisor,
             storage,
             journals,
+            assume_clean: false,
             queues: Vec::new(),
             names: Vec::new(),
             disks: Vec::new(),
@@ -144,6 +157,11 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             events: VecDeque::new(),
             scratch: stages::Scratch::default(),
         }
+    }
+
+    /// From now on, a predecessor's ring without a journal is taken for one that was left with everything answered.
+    pub fn assume_clean(&mut self) {
+        self.assume_clean = true;
     }
 
     /// Puts an open image behind a disk.
@@ -163,7 +181,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
     /// Tells a disk its new size.
     pub fn resize_disk(&mut self, disk: DiskId, size_sectors: u64) {
         if let Some(disk) = self.disk(disk.0) {
-            disk.size_sectors = size_sectors;
+            disk.image = formats::Raw::of_sectors(size_sectors);
         }
     }
 
@@ -179,13 +197,13 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
     ///
     /// # Errors
     /// When the guest's references or port do not hold, or the hypervisor fails; nothing stays mapped or bound.
-    pub fn attach(&mut self, disk: DiskId, plan: &RingPlan) -> Result<QueueId, HypervisorError> {
-        let mapping = self.hypervisor.map(plan.domain, &plan.grants)?;
+    pub fn attach(&mut self, disk: DiskId, plan: &RingPlan) -> Result<QueueId, AttachError> {
+        let mapping = self.hypervisor.map(plan.domain, &plan.grants).map_err(AttachError::Hypervisor)?;
         let port = match self.hypervisor.bind(plan.domain, plan.remote_port) {
             Ok(port) => port,
             Err(error) => {
                 self.hypervisor.unmap(mapping);
-                return Err(error);
+                return Err(AttachError::Hypervisor(error));
             }
         };
         // SAFETY: the mapping is as long as `grants` says, stays until `detach` or `abort` drops the ring first, and is
@@ -207,8 +225,20 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         };
         let (journal, owed) = match inherited {
             Some((journal, owed)) => (Some(journal), owed),
+            None if plan.resume && !self.assume_clean && !BackRing::is_idle(&shared) => {
+                if let Some(memory) = memory {
+                    self.journals.close(&plan.journal, memory, false);
+                }
+                self.hypervisor.unbind(port);
+                self.hypervisor.unmap(mapping);
+                return Err(AttachError::Unrecorded);
+            }
             None => {
-                (memory.and_then(|memory| Journal::create(memory, entries, &record, produced)), Vec::new())
+                let created = memory.and_then(|memory| Journal::create(memory, entries, &record, produced));
+                if let (None, Some(memory)) = (&created, memory) {
+                    self.journals.close(&plan.journal, memory, true);
+                }
+                (created, Vec::new())
             }
         };
         // A fresh ring has answered nothing, so this is where it starts too; and a frontend that does not wait for state

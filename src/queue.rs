@@ -296,13 +296,14 @@ impl Queue {
         }
     }
 
-    /// An event came and brought work, or did not. Returns how long its port should stay masked: a guest that sends
-    /// events without requests pays with latency of its own (XSA-332).
-    pub(crate) fn event_delay(&mut self, brought_work: bool) -> Duration {
-        if brought_work {
-            self.idle_events = 0;
-            return Duration::ZERO;
-        }
+    /// A look at the ring found requests: events before it were no storm.
+    pub(crate) fn work_found(&mut self) {
+        self.idle_events = 0;
+    }
+
+    /// An event came and brought no work. Returns how long its port should stay masked: a guest that sends events without
+    /// requests pays with latency of its own (XSA-332).
+    pub(crate) fn idle_event(&mut self) -> Duration {
         self.idle_events = self.idle_events.saturating_add(1);
         match self.idle_events.checked_sub(IDLE_EVENTS_FREE) {
             None | Some(0) => Duration::ZERO,

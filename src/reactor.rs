@@ -1,11 +1,17 @@
 //! Waiting: one poller for all descriptors of the process, level-triggered.
 
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use polling::{Event, Events, PollMode, Poller};
+use rustix::buffer::spare_capacity;
+use rustix::event::{Timespec, epoll};
+use rustix::io::Errno;
 
 use crate::error::Error;
+
+/// Events fetched by one `epoll_wait`; more come with the next. 12 bytes each.
+const EVENTS_PER_WAIT: usize = 64;
 
 /// What woke the process: the key under which a descriptor was added, and what it is ready for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,11 +24,30 @@ pub struct Ready {
     pub writable: bool,
 }
 
+/// How a [`Reactor`] waits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Waiting {
+    /// The polling crate: five system calls a wait.
+    #[default]
+    Polling,
+    /// One `epoll_wait` a wait; timeouts are whole milliseconds, rounded up.
+    Epoll,
+}
+
+enum Poll {
+    Polling(Poller, Events),
+    Epoll(OwnedFd, Vec<epoll::Event>),
+}
+
 /// The poller.
-#[derive(Debug)]
 pub struct Reactor {
-    poller: Poller,
-    events: Events,
+    poll: Poll,
+}
+
+impl std::fmt::Debug for Reactor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Reactor").finish_non_exhaustive()
+    }
 }
 
 impl Reactor {
@@ -31,9 +56,24 @@ impl Reactor {
     /// # Errors
     /// When the kernel gives none.
     pub fn new() -> Result<Reactor, Error> {
-        let poller =
-            Poller::new().map_err(|error| Error::new(format!("cannot make a poller: {error}"), ""))?;
-        Ok(Reactor { poller, events: Events::new() })
+        Reactor::waiting_by(Waiting::default())
+    }
+
+    /// The same, waiting in the way that is asked for.
+    ///
+    /// # Errors
+    /// As [`Reactor::new`].
+    pub fn waiting_by(waiting: Waiting) -> Result<Reactor, Error> {
+        let refused = |error: std::io::Error| Error::new(format!("cannot make a poller: {error}"), "");
+        let poll = match waiting {
+            Waiting::Polling => Poll::Polling(Poller::new().map_err(refused)?, Events::new()),
+            Waiting::Epoll => {
+                let epoll =
+                    epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|errno| refused(errno.into()))?;
+                Poll::Epoll(epoll, Vec::with_capacity(EVENTS_PER_WAIT))
+            }
+        };
+        Ok(Reactor { poll })
     }
 
     /// Watches a descriptor under `key`.
@@ -41,11 +81,18 @@ impl Reactor {
     /// # Errors
     /// When the kernel refuses the descriptor.
     pub fn add(&mut self, fd: BorrowedFd<'_>, key: usize, writable: bool) -> Result<(), Error> {
-        let interest = Event::new(key, true, writable);
-        // SAFETY: every descriptor is removed with `remove` before it is closed; a descriptor that is closed
-        // nevertheless leaves the poller by itself, as epoll holds no reference to it.
-        unsafe { self.poller.add_with_mode(fd.as_raw_fd(), interest, PollMode::Level) }
-            .map_err(|error| Error::new(format!("cannot poll descriptor {}: {error}", fd.as_raw_fd()), ""))
+        let result = match &self.poll {
+            Poll::Polling(poller, _) => {
+                let interest = Event::new(key, true, writable);
+                // SAFETY: every descriptor is removed with `remove` before it is closed; a descriptor that is closed
+                // nevertheless leaves the poller by itself, as epoll holds no reference to it.
+                unsafe { poller.add_with_mode(fd.as_raw_fd(), interest, PollMode::Level) }
+            }
+            Poll::Epoll(epoll, _) => {
+                epoll::add(epoll, fd, data(key), interest(writable)).map_err(std::io::Error::from)
+            }
+        };
+        result.map_err(|error| not_polled(fd, &error))
     }
 
     /// Changes whether room to write is of interest.
@@ -53,28 +100,78 @@ impl Reactor {
     /// # Errors
     /// When the kernel refuses.
     pub fn modify(&mut self, fd: BorrowedFd<'_>, key: usize, writable: bool) -> Result<(), Error> {
-        self.poller
-            .modify_with_mode(fd, Event::new(key, true, writable), PollMode::Level)
-            .map_err(|error| Error::new(format!("cannot poll descriptor {}: {error}", fd.as_raw_fd()), ""))
+        let result = match &self.poll {
+            Poll::Polling(poller, _) => {
+                poller.modify_with_mode(fd, Event::new(key, true, writable), PollMode::Level)
+            }
+            Poll::Epoll(epoll, _) => {
+                epoll::modify(epoll, fd, data(key), interest(writable)).map_err(std::io::Error::from)
+            }
+        };
+        result.map_err(|error| not_polled(fd, &error))
     }
 
     /// Forgets a descriptor.
     pub fn remove(&mut self, fd: BorrowedFd<'_>) {
-        if let Err(error) = self.poller.delete(fd) {
+        let result = match &self.poll {
+            Poll::Polling(poller, _) => poller.delete(fd),
+            Poll::Epoll(epoll, _) => epoll::delete(epoll, fd).map_err(std::io::Error::from),
+        };
+        if let Err(error) = result {
             log::debug!("descriptor {} was not polled: {error}", fd.as_raw_fd());
         }
     }
 
     /// Waits until something is ready, at most for `timeout`, and appends what is ready to `ready`.
     pub fn wait(&mut self, timeout: Option<Duration>, ready: &mut Vec<Ready>) {
-        self.events.clear();
-        if let Err(error) = self.poller.wait(&mut self.events, timeout) {
-            log::error!("polling failed: {error}");
+        match &mut self.poll {
+            Poll::Polling(poller, events) => {
+                events.clear();
+                if let Err(error) = poller.wait(events, timeout) {
+                    log::error!("polling failed: {error}");
+                }
+                ready.extend(events.iter().map(|event| Ready {
+                    key: event.key,
+                    readable: event.readable,
+                    writable: event.writable,
+                }));
+            }
+            Poll::Epoll(epoll, events) => {
+                events.clear();
+                let timeout = timeout.map(whole_milliseconds);
+                match epoll::wait(&*epoll, spare_capacity(events), timeout.as_ref()) {
+                    // An interruption counts as a wake-up: the caller looks at everything and waits again.
+                    Ok(_) | Err(Errno::INTR) => {}
+                    Err(errno) => log::error!("polling failed: {errno}"),
+                }
+                ready.extend(events.iter().map(|event| {
+                    let (data, flags) = (event.data, event.flags);
+                    let gone = epoll::EventFlags::HUP | epoll::EventFlags::ERR;
+                    Ready {
+                        key: usize::try_from(data.u64()).unwrap_or(usize::MAX),
+                        readable: flags.intersects(epoll::EventFlags::IN | gone),
+                        writable: flags.intersects(epoll::EventFlags::OUT | gone),
+                    }
+                }));
+            }
         }
-        ready.extend(self.events.iter().map(|event| Ready {
-            key: event.key,
-            readable: event.readable,
-            writable: event.writable,
-        }));
     }
+}
+
+fn data(key: usize) -> epoll::EventData {
+    epoll::EventData::new_u64(key as u64)
+}
+
+fn interest(writable: bool) -> epoll::EventFlags {
+    if writable { epoll::EventFlags::IN | epoll::EventFlags::OUT } else { epoll::EventFlags::IN }
+}
+
+fn not_polled(fd: BorrowedFd<'_>, error: &std::io::Error) -> Error {
+    Error::new(format!("cannot poll descriptor {}: {error}", fd.as_raw_fd()), "")
+}
+
+/// Rounded up, so that nobody is woken before the time and waits again for nothing.
+fn whole_milliseconds(time: Duration) -> Timespec {
+    let millis = i32::try_from(time.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX);
+    Timespec { tv_sec: (millis / 1000).into(), tv_nsec: (millis % 1000 * 1_000_000).into() }
 }

@@ -31,8 +31,10 @@ pub struct FileId(pub u32);
 pub enum Access {
     /// Reads only.
     ReadOnly,
-    /// Reads and writes.
+    /// Reads and writes; nobody else should.
     ReadWrite,
+    /// Reads and writes, and the administrator vouches for others who do so too: no claim, no lock.
+    ReadWriteShared,
 }
 
 /// Tells one file from another whatever path led to it: the sharing check compares these.
@@ -65,6 +67,9 @@ pub struct Opened {
     pub physical_block_bytes: u32,
     /// Whether it bypasses the page cache.
     pub direct: bool,
+    /// False for a writable image that another open file has locked: another program, or a process that is gone and whose
+    /// last writes are not over.
+    pub locked: bool,
 }
 
 /// What is to be done with bytes of a file.

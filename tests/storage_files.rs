@@ -114,3 +114,21 @@ fn refused_requests() {
         assert_eq!(std::fs::read(&path).unwrap(), [0; 8192]);
     });
 }
+
+#[test]
+fn a_writable_image_that_somebody_else_has_locked_is_said_to_be() {
+    everywhere("locked", |rig, directory, case| {
+        let path = directory.file("image", &[0; 8192]);
+        let opened = rig.open(&path, Access::ReadWrite).unwrap();
+        assert!(opened.locked, "{case}");
+        assert!(!rig.open(&path, Access::ReadWrite).unwrap().locked, "{case}: an open file keeps its lock");
+        assert!(rig.open(&path, Access::ReadOnly).unwrap().locked, "{case}: readers ask for none");
+        rig.storage.close(opened.file);
+        let other = std::fs::File::open(directory.file("other", &[0; 8192])).unwrap();
+        rustix::fs::flock(&other, rustix::fs::FlockOperation::NonBlockingLockShared).unwrap();
+        let other_path = directory.path("other");
+        assert!(!rig.open(&other_path, Access::ReadWrite).unwrap().locked, "{case}: another program's lock");
+        drop(other);
+        assert!(rig.open(&other_path, Access::ReadWrite).unwrap().locked, "{case}");
+    });
+}

@@ -70,6 +70,12 @@ impl BackRing {
         }
     }
 
+    /// Whether every request of a ring that is about to be resumed is answered.
+    #[must_use]
+    pub fn is_idle(shared: &SharedPages) -> bool {
+        shared.load(Index::RequestProducer) == shared.load(Index::ResponseProducer)
+    }
+
     /// Entries of the ring.
     #[must_use]
     pub fn entries(&self) -> u32 {

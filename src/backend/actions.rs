@@ -5,7 +5,7 @@ use xenstore::{Edit, ErrorCode, Failure, Guard, Job, Outcome, Path};
 
 use super::{Backend, Ending, Pending, Purpose};
 use crate::hypervisor::{DomainId, Hypervisor, HypervisorError};
-use crate::pump::{DiskId, QueueId, RingPlan};
+use crate::pump::{AttachError, DiskId, QueueId, RingPlan};
 use crate::storage::{Access, Storage, StorageError};
 use crate::vbd::{
     self, Action, Address, ConnectError, ConnectPlan, Disconnect, Key, Misdeed, Node, Notice, Side,
@@ -57,7 +57,11 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
             Action::ReadWorld => self.read_world(session, address),
             Action::Open(request) => {
                 let Some(device) = self.devices.get_mut(&address) else { return };
-                let access = if request.read_only { Access::ReadOnly } else { Access::ReadWrite };
+                let access = match (request.read_only, request.forced) {
+                    (true, _) => Access::ReadOnly,
+                    (false, false) => Access::ReadWrite,
+                    (false, true) => Access::ReadWriteShared,
+                };
                 let (token, path) = (device.token, request.image.path.clone());
                 device.opening = Some(request);
                 self.pump.storage.open(token, &path, access);
@@ -140,8 +144,10 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
                 if let Some(device) = self.devices.get_mut(&address) {
                     device.queue = Some(queue);
                     let again = if plan.resume { "taken over from a predecessor" } else { "connected" };
-                    log::info!("{address}: {again}, {}", plan.ring.abi.protocol());
+                    let text = format!("{again}, {}", plan.ring.abi.protocol());
                     device.plan = Some(plan);
+                    // A guest can connect as often as it likes.
+                    self.notice(address, log::Level::Info, &text);
                 }
                 vbd::Event::Connected
             }
@@ -169,12 +175,21 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
             journal: format!("{}-{}-{}-0", address.kind.name(), address.frontend, address.devid),
         };
         self.pump.attach(disk, &ring).map_err(|error| match error {
-            HypervisorError::BadGrant(grant) => ConnectError::Misbehaved(Misdeed::BadGrant(grant)),
-            HypervisorError::BadPort(port) => ConnectError::Misbehaved(Misdeed::BadPort(port)),
-            HypervisorError::Failed(call, errno) => {
+            AttachError::Hypervisor(HypervisorError::BadGrant(grant)) => {
+                ConnectError::Misbehaved(Misdeed::BadGrant(grant))
+            }
+            AttachError::Hypervisor(HypervisorError::BadPort(port)) => {
+                ConnectError::Misbehaved(Misdeed::BadPort(port))
+            }
+            AttachError::Hypervisor(HypervisorError::Failed(call, errno)) => {
                 let reason = std::io::Error::from_raw_os_error(errno);
                 ConnectError::Failed(format!("{call} failed: {reason}"))
             }
+            AttachError::Unrecorded => ConnectError::Failed(
+                "the ring has requests of a time that no journal in the state directory tells of; start vbdd with the \
+                 --state-dir of the last one, or, if that one was stopped with SIGTERM, with --assume-clean"
+                    .to_owned(),
+            ),
         })
     }
 
@@ -185,8 +200,15 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
             return;
         };
         match (device.ending, how) {
-            // An abort may overtake a drain; what is past draining ends by itself.
-            (Ending::Syncing(_), _) => return,
+            // What is past draining ends by itself. The flush may take as long as the storage likes, though, and a guest
+            // that is gone must not wait for it with its pages: that would keep the domain from being freed.
+            (Ending::Syncing(_), how) => {
+                if how == Disconnect::Abort {
+                    self.pump.abort(queue);
+                }
+                return;
+            }
+            // An abort may overtake a drain.
             _ => device.ending = Ending::Draining(how),
         }
         match how {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use xenstore::{Job, Outcome, Path, WatchToken};
+use xenstore::{Job, Outcome, Path, SubmitError, WatchToken};
 
 use super::notices::Bucket;
 use super::{Backend, Device, Ending, Pending, Purpose};
@@ -62,14 +62,27 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
         for address in own {
             self.changed(address);
         }
-        let Some(directory) = self.directory(kind) else { return };
-        self.list(session, directory, Purpose::ListGuests(kind));
+        self.list(session, Purpose::ListGuests(kind));
     }
 
-    fn list(&mut self, session: &mut Session, directory: Path, purpose: Purpose) {
+    /// Starts a listing. One that the client has no room for is due again.
+    pub(super) fn list(&mut self, session: &mut Session, purpose: Purpose) {
+        let directory = match purpose {
+            Purpose::ListGuests(kind) => self.directory(kind),
+            Purpose::ListDevices(kind, guest) => {
+                self.directory(kind).and_then(|directory| directory.child(&guest.to_string()).ok())
+            }
+            Purpose::ReadWorld(_) | Purpose::Publish(_) => None,
+        };
+        let Some(directory) = directory else { return };
         match session.submit(Job::List(directory.clone())) {
             Ok(id) => {
                 self.jobs.insert(id, purpose);
+            }
+            Err(SubmitError::Full) => {
+                if !self.unlisted.contains(&purpose) {
+                    self.unlisted.push(purpose);
+                }
             }
             Err(error) => log::error!("cannot list {directory}: {error}; disks there may go unseen"),
         }
@@ -77,10 +90,12 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
 
     pub(super) fn guests_listed(&mut self, session: &mut Session, kind: Kind, outcome: Outcome) {
         let Outcome::Listed(names) = outcome else { return };
-        let Some(directory) = self.directory(kind) else { return };
         for name in names {
-            let (Ok(guest), Ok(path)) = (name.parse::<DomainId>(), directory.child(&name)) else { continue };
-            self.list(session, path, Purpose::ListDevices(kind, guest));
+            // Only the canonical spelling: others would be guests of the same number, and `list` writes it anew.
+            let Ok(guest) = name.parse::<DomainId>() else { continue };
+            if guest.to_string() == name {
+                self.list(session, Purpose::ListDevices(kind, guest));
+            }
         }
     }
 

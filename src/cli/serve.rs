@@ -21,6 +21,7 @@ Usage: vbdd serve --kind KIND --root DIR [OPTIONS]
   --place PLACE         auto, dom0 or driver-domain: who cleans up after an unplug (auto: dom0 if this domain is 0)
   --default-abi ABI     x86_64, x86_32 or arm: for a frontend that does not name its ABI (x86_64)
   --state-dir DIR       where live rings are written down for the next vbdd (/run/vbdd)
+  --assume-clean        take over rings that no journal tells of, as the last vbdd was stopped with SIGTERM
   --xenstore PATH       the socket or device of xenstore (found by itself)
   --log-level LEVEL     error, warn, info, debug or trace (info); RUST_LOG overrides it
   --json                errors on standard error as JSON
@@ -56,6 +57,8 @@ pub struct ServeOptions {
     pub default_abi: Abi,
     /// Where the journals of live rings are.
     pub state_dir: PathBuf,
+    /// Rings without a journal were left with everything answered.
+    pub assume_clean: bool,
     /// The socket or device, where it is not to be found automatically.
     pub xenstore: Option<PathBuf>,
     /// The level of the log.
@@ -71,6 +74,7 @@ pub(super) fn parse(parser: &mut Parser) -> Result<Option<ServeOptions>, Error> 
         place: PlaceOption::Auto,
         default_abi: Abi::X86_64,
         state_dir: PathBuf::from("/run/vbdd"),
+        assume_clean: false,
         xenstore: None,
         log_level: log::LevelFilter::Info,
     };
@@ -108,6 +112,7 @@ pub(super) fn parse(parser: &mut Parser) -> Result<Option<ServeOptions>, Error> 
                 options.default_abi = one_of(parser, "--default-abi", &abis)?;
             }
             Long("state-dir") => options.state_dir = path(parser)?,
+            Long("assume-clean") => options.assume_clean = true,
             Long("xenstore") => options.xenstore = Some(path(parser)?),
             Long("log-level") => {
                 let text = value(parser)?;
@@ -157,6 +162,15 @@ mod tests {
 
     fn parsed(arguments: &[&str]) -> Result<Option<ServeOptions>, String> {
         parse(&mut Parser::from_args(arguments)).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn the_manual_page_names_every_option() {
+        let manual = include_str!("../../man/vbdd.8").replace("\\-", "-");
+        let options = HELP.lines().filter_map(|line| line.strip_prefix("  --")?.split_whitespace().next());
+        for option in options {
+            assert!(manual.contains(&format!("--{option}")), "{option}");
+        }
     }
 
     #[test]

@@ -44,6 +44,9 @@ impl JournalDirectory {
                 "name another with --state-dir",
             )
         })?;
+        check_owner(&directory).map_err(|what| {
+            Error::new(format!("the state directory {shown} {what}"), "name another with --state-dir")
+        })?;
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
         let lock = openat(&directory, "lock", flags, Mode::RUSR | Mode::WUSR).map_err(|errno| {
             Error::new(format!("cannot open {shown}/lock: {errno}"), "see its permissions")
@@ -92,6 +95,18 @@ impl JournalDirectory {
             Err(errno) => warn!("cannot remove {}/{file}: {errno}", self.path.display()),
         }
     }
+}
+
+/// Whoever can write a journal decides what is written to the images at the next start.
+fn check_owner(directory: &OwnedFd) -> Result<(), String> {
+    let stat = fstat(directory).map_err(|errno| format!("cannot be examined: {errno}"))?;
+    if stat.st_uid != rustix::process::geteuid().as_raw() {
+        return Err("belongs to another user".to_owned());
+    }
+    if stat.st_mode & 0o022 != 0 {
+        return Err("can be written by others".to_owned());
+    }
+    Ok(())
 }
 
 impl JournalStore for JournalDirectory {
@@ -166,9 +181,21 @@ mod tests {
         let found: Vec<(u32, u8)> = owed.iter().map(|one| (one.entry, one.bytes[0])).collect();
         assert_eq!(found, [(5, 1), (9, 3), (3, 4), (30, 5)], "an unpublished answer is still owed");
         let (_, owed) = Journal::inherit(memory, 32, &record(), 12).unwrap();
-        assert_eq!(owed.len(), 3, "rsp_prod passed the answer of entry 9");
+        assert_eq!(owed.len(), 4, "once owed under no index, it is owed until it is answered");
         directory.remove_all_but(&|_| false);
         assert!(std::fs::read_dir(&path).unwrap().all(|entry| entry.unwrap().file_name() == "lock"));
+        std::fs::remove_dir_all(&path).unwrap();
+    }
+
+    #[test]
+    fn a_directory_that_others_can_write_is_refused() {
+        use std::os::unix::fs::PermissionsExt;
+        let path = scratch("open");
+        std::fs::create_dir(&path).unwrap();
+        for (mode, fine) in [(0o777, false), (0o1777, false), (0o770, false), (0o755, true), (0o700, true)] {
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+            assert_eq!(JournalDirectory::open(&path).is_ok(), fine, "{mode:o}");
+        }
         std::fs::remove_dir_all(&path).unwrap();
     }
 

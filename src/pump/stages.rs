@@ -1,5 +1,6 @@
 //! What happens to a request between its ring and storage: memory, grant copies, transfers, flushes.
 
+use formats::{Extent, Place, Run};
 use rings::{Operation, Status};
 
 use super::{DiskId, Pump, PumpEvent, QueueId, StorageFailure, Token};
@@ -111,19 +112,37 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         if batch.requests.is_empty() {
             return;
         }
-        let whole = self.hypervisor.copy(&mut batch.segments);
-        if let Err(error) = &whole {
-            log::error!("a batch of {} grant copies failed as a whole: {error:?}", batch.segments.len());
+        if let Err(error) = self.hypervisor.copy(&mut batch.segments) {
+            log::warn!(
+                "a batch of {} grant copies failed: {error:?}; copying one by one",
+                batch.segments.len()
+            );
+            self.copy_one_by_one(batch);
         }
         let mut rest = batch.segments.as_slice();
         for request in &batch.requests {
             let (own, behind) = rest.split_at_checked(request.segments.into()).unwrap_or((rest, &[]));
             rest = behind;
-            let failed = own.iter().find(|segment| whole.is_err() || !segment.copied);
+            let failed = own.iter().find(|segment| !segment.copied);
             then(self, request.queue, request.place, failed.map(|segment| segment.grant));
         }
         batch.segments.clear();
         batch.requests.clear();
+    }
+
+    /// Copies each request of a batch by itself: what is wrong with one, or with so large a batch while memory is short, is
+    /// no reason to fail the requests of every guest.
+    fn copy_one_by_one(&mut self, batch: &mut Batch) {
+        let mut rest = batch.segments.as_mut_slice();
+        for request in &batch.requests {
+            let Some((own, behind)) = rest.split_at_mut_checked(request.segments.into()) else { return };
+            rest = behind;
+            if let Err(error) = self.hypervisor.copy(own) {
+                log::error!("a request's {} grant copies failed: {error:?}", own.len());
+                // On failure of the call the statuses mean nothing.
+                own.iter_mut().for_each(|segment| segment.copied = false);
+            }
+        }
     }
 
     /// Fetches the data of all writes of this round from the guests, and queues their transfers.
@@ -146,11 +165,19 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         self.finish(id, place, Status::Error);
     }
 
-    /// Finds memory for a request's data and sends it on; without memory it stays starved.
+    /// Finds memory for a request's data and sends it on; without memory it stays starved. Where others wait already, it
+    /// waits behind them: small requests would take what a large one needs, page by page, for ever.
     pub(super) fn start(&mut self, id: u32, place: u16) {
+        let first = self.starved.is_empty();
+        self.try_start(id, place, first);
+    }
+
+    pub(super) fn try_start(&mut self, id: u32, place: u16, allowed: bool) {
         let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return };
         let Some(one) = queue.in_flight(place) else { return };
-        let Some(span) = self.storage.buffers().alloc(one.request.length_bytes()) else {
+        let length = one.request.length_bytes();
+        let span = if allowed { self.storage.buffers().alloc(length) } else { None };
+        let Some(span) = span else {
             one.stage = Stage::Starved;
             if !queue.starved {
                 queue.starved = true;
@@ -171,7 +198,12 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return };
         let Some(disk) = self.disks.get(queue.disk as usize).and_then(Option::as_ref) else { return };
         let Some(one) = queue.in_flight(place) else { return };
-        let offset_bytes = one.request.sector.saturating_mul(rings::SECTOR_BYTES);
+        let sectors = u64::from(one.request.length_bytes()) / rings::SECTOR_BYTES;
+        // The range was checked when the request was taken; a disk that has shrunk since refuses it here.
+        let run = disk.image.map(Extent { sector: one.request.sector, sectors });
+        let Ok(Run { place: Place::Data { offset_bytes }, .. }) = run else {
+            return self.finish(id, place, Status::Error);
+        };
         let token = Token::Request { queue: id, place }.encode();
         self.storage.queue(Io { token, file: disk.file, kind, offset_bytes, span: one.span });
     }

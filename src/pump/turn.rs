@@ -76,8 +76,12 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
                 return false;
             }
         };
-        if std::mem::take(&mut queue.announced) {
-            let delay = queue.event_delay(waiting > 0);
+        // Work that was found before its event was read counts too: a busy guest's events come late again and again.
+        let announced = std::mem::take(&mut queue.announced);
+        if waiting > 0 {
+            queue.work_found();
+        } else if announced {
+            let delay = queue.idle_event();
             if !delay.is_zero() {
                 self.delayed.push((now + delay, id));
             }
@@ -123,8 +127,8 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return };
         let disk_id = queue.disk;
         let Some(disk) = self.disks.get_mut(disk_id as usize).and_then(Option::as_mut) else { return };
-        let parsed =
-            slot.parse().and_then(|request| request.check_range(disk.size_sectors).map(|()| request));
+        let size_sectors = disk.image.geometry().sectors;
+        let parsed = slot.parse().and_then(|request| request.check_range(size_sectors).map(|()| request));
         let request = match parsed {
             Ok(request) => request,
             Err(refusal) => {
@@ -175,8 +179,10 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
                 queue.starved = false;
             }
             while let Some(place) = self.queue(id).and_then(|queue| queue.next_starved()) {
-                self.start(id, place);
+                self.try_start(id, place, true);
                 if self.queue(id).is_some_and(|queue| queue.starved) {
+                    // Nobody overtakes the first in the line.
+                    self.starved.rotate_right(1);
                     return progress;
                 }
                 progress = true;
@@ -201,7 +207,8 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
                 self.report(PumpEvent::Drained(QueueId(id)));
             } else if rests {
                 self.scratch.resting.push(id);
-            } else if matches!(queue.intake, Intake::Closing(_)) {
+            } else if matches!(queue.intake, Intake::Closing(_)) && !queue.starved {
+                // A starved one is listed when there is memory; until then it has nothing to do.
                 self.list(id);
             }
         }

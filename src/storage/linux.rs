@@ -204,6 +204,7 @@ impl LinuxStorage {
     }
 
     fn install(&mut self, path: String, prepared: Prepared) -> Result<Opened, OpenError> {
+        let locked = prepared.locked;
         let Some(file) = self.files.insert(prepared) else {
             let reason = format!("{FILES_MAX} files are open already; detach disks that are not needed");
             return Err(OpenError { path, reason });
@@ -224,6 +225,7 @@ impl LinuxStorage {
             size_bytes: entry.shape.size,
             physical_block_bytes: entry.physical_block_bytes,
             direct: entry.path == Path::Direct,
+            locked,
         })
     }
 

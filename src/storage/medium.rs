@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use rustix::fs::{AtFlags, OFlags, SeekFrom, StatxFlags};
+use rustix::fs::{AtFlags, FlockOperation, OFlags, SeekFrom, StatxFlags};
 use rustix::io::Errno;
 
 use super::legs::{BLOCK_BYTES_MAX, SECTOR_BYTES, Shape};
@@ -44,6 +44,7 @@ pub(super) struct Prepared {
     pub access: Access,
     pub identity: Identity,
     pub physical_block_bytes: u32,
+    pub locked: bool,
 }
 
 /// Opens what `path` names.
@@ -118,8 +119,26 @@ impl Opening<'_> {
     fn prepared(&self, fd: OwnedFd, tail: Option<OwnedFd>, path: Path, shape: Shape) -> Prepared {
         let physical_block_bytes = physical_block(&fd, self.image, shape.block);
         let (access, identity) = (self.access, self.image.identity);
-        Prepared { fd, tail, path, shape, access, identity, physical_block_bytes }
+        let locked = access != Access::ReadWrite || self.image.is_device() || lock(&fd);
+        Prepared { fd, tail, path, shape, access, identity, physical_block_bytes, locked }
     }
+}
+
+/// Takes the file's `flock`. It belongs to the open file, which transfers in flight keep open beyond the death of their
+/// process: whoever gets the lock knows that no write of a predecessor can still land. Devices have their claim for that.
+/// It does not clash with the byte locks that QEMU's tools take.
+fn lock(fd: &OwnedFd) -> bool {
+    for tries in 0.. {
+        match rustix::fs::flock(fd, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return true,
+            Err(Errno::INTR) => {}
+            Err(Errno::WOULDBLOCK) if tries < BUSY_TRIES => std::thread::sleep(BUSY_PAUSE),
+            Err(Errno::WOULDBLOCK) => return false,
+            // A file system without locks cannot be asked.
+            Err(_) => return true,
+        }
+    }
+    false
 }
 
 /// Size in bytes, of a file or a device.

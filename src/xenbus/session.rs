@@ -110,6 +110,12 @@ impl Session {
         self.client.statistics()
     }
 
+    /// Whether [`Session::event`] may have something to give: a write that fails can end jobs without anything arriving.
+    #[must_use]
+    pub fn has_events(&self) -> bool {
+        self.domain.is_some() && self.client.has_events()
+    }
+
     /// Takes one event. [`Event::Reset`] comes only once the own domain is known, and no watch event before it.
     pub fn event(&mut self) -> Option<Event> {
         loop {

@@ -6,11 +6,12 @@ use std::rc::Rc;
 
 use vbdd::hypervisor::DomainId;
 use vbdd::vbd::{
-    Action, Actions, Address, Config, ConnectError, ConnectPlan, Disconnect, Event, Geometry, Kind, Misdeed,
-    Place, Publication, Script, Side, Timer, Vbd,
+    Action, Actions, Address, Config, ConnectError, Disconnect, Event, Geometry, Kind, Misdeed, Place,
+    Publication, Script, Timer, Vbd,
 };
 
 use crate::faults::{Fault, plant};
+use crate::rules::rule;
 use crate::store::{Frontend, HOTPLUG_CONNECTED, NEW_BACKEND, Numbered, RingNodes, Store, Texts};
 
 const GUEST: DomainId = 7;
@@ -125,14 +126,14 @@ pub(crate) enum Happening {
 
 /// An action with the publication numbered.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
-enum Act {
+pub(crate) enum Act {
     Plain(Action),
     Publish(u32),
 }
 
 /// A publication or the removal of the directory, as handed to the daemon.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
-enum Writing {
+pub(crate) enum Writing {
     Nodes(Publication),
     Removal(Vec<vbdd::vbd::Guard>),
 }
@@ -143,38 +144,25 @@ pub(crate) struct Model {
     pub(crate) texts: Texts,
     fault: Fault,
     vbds: Numbered<Vbd>,
-    writings: Numbered<Writing>,
+    pub(crate) writings: Numbered<Writing>,
     memo: HashMap<(u32, Happening), Answer>,
 }
 
-type Outcome = Result<State, String>;
+/// The state after a step, or the rule that it broke.
+pub(crate) type Outcome = Result<State, String>;
 
 /// The vbd after an event, and what it wants done.
 type Answer = (u32, Rc<Vec<Act>>);
-
-fn rule(holds: bool, text: &str) -> Result<(), String> {
-    if holds { Ok(()) } else { Err(text.to_owned()) }
-}
 
 impl Model {
     pub(crate) fn new(place: Place, script: Script, freedom: Freedom, fault: Fault) -> Model {
         let mut config = Config::new(3, place);
         config.script = script;
         config.attempts = 2;
-        let mut texts = Texts::new();
-        // Known before the rest, so that numbers do not depend on the order of exploration.
-        let _ = Store { backend: None, frontend: None }.apply(
-            &Publication {
-                guards: vec![],
-                writes: vec![("hotplug-status", "connected".into()), ("state", "1".into())],
-                removals: vec![],
-            },
-            &mut texts,
-        );
         Model {
             config,
             freedom,
-            texts,
+            texts: Texts::new(),
             fault,
             vbds: Numbered::new(),
             writings: Numbered::new(),
@@ -249,7 +237,7 @@ impl Model {
         Some(out.swap_remove(at))
     }
 
-    fn reborn(state: &State) -> State {
+    pub(crate) fn reborn(state: &State) -> State {
         State {
             vbd: 0,
             changed: true,
@@ -436,57 +424,6 @@ impl Model {
         self.deliver(after, if known { Happening::Published } else { Happening::Superseded })
     }
 
-    fn check_removal(&self, s: &State) -> Result<(), String> {
-        let before = s.store.backend.ok_or("nothing to remove")?;
-        rule(self.config.place == Place::DriverDomain, "the directory is removed in dom0")?;
-        rule(before.state == 6 && !before.online, "a directory is removed that is not unplugged")?;
-        rule(s.lingered, "a directory is removed before 6 could be seen")
-    }
-
-    fn check_publication(
-        &self,
-        s: &State,
-        publication: &Publication,
-        after: crate::store::Backend,
-    ) -> Result<(), String> {
-        let before = s.store.backend.ok_or("nothing to write to")?;
-        rule(after.online == before.online, "online is the toolstack's")?;
-        if publication.written("state").is_none() {
-            return rule(after.state == before.state, "a note changes the state");
-        }
-        let refusal = publication.written("error").is_some();
-        let idle = s.image == Image::Closed && s.ring == Ring::Down;
-        rule(before.online || before.state != 6, "6 of an unplugged device is final")?;
-        let front = s.store.frontend.map_or(0, |it| it.state);
-        match after.state {
-            2 => {
-                rule(before.online, "2 is published offline")?;
-                rule(s.ring == Ring::Down, "2 is published with a ring")?;
-                let ours = self.config.script == Script::Ours;
-                rule(!ours || s.image == Image::Open, "2 is published without an image")?;
-                rule(!ours || after.hotplug == HOTPLUG_CONNECTED, "2 without hotplug-status")
-            }
-            4 => {
-                rule(before.online, "4 is published offline")?;
-                rule(before.state != 1, "2 is skipped")?;
-                rule(s.image == Image::Open, "4 is published without an image")?;
-                rule(matches!(s.ring, Ring::Up(_) | Ring::Broken(_)), "4 is published without a ring")?;
-                rule(after.sized, "4 is published without sizes")
-            }
-            5 => {
-                rule(!before.online || front == 5, "5 is published to a frontend that does not close")?;
-                rule(before.state != 1 || !before.online, "2 is skipped")
-            }
-            6 => {
-                rule(idle, "6 is published while something is held")?;
-                let gone = s.store.frontend.is_none() || front == 6;
-                rule(refusal || !before.online || gone, "6 is published to a frontend that is there")?;
-                rule(refusal || !before.online || before.state != 1, "2 is skipped")
-            }
-            other => Err(format!("state {other} is published")),
-        }
-    }
-
     /// Gives the vbd an event and performs its actions.
     fn deliver(&mut self, s: State, happening: Happening) -> Outcome {
         if s.vbd == 0 {
@@ -558,91 +495,4 @@ impl Model {
         };
         vbd.step(event, actions);
     }
-
-    fn perform(&self, mut s: State, act: &Act, happening: Happening) -> Outcome {
-        let idle = s.ring == Ring::Down && s.image == Image::Closed;
-        match act {
-            Act::Publish(number) => {
-                rule(s.publication == 0, "two publications are in flight")?;
-                rule(!s.reading, "a read and a publication are in flight together")?;
-                rule(!s.stopping, "something is published after Stop")?;
-                let (Writing::Nodes(Publication { guards, .. }) | Writing::Removal(guards)) =
-                    &self.writings.values[*number as usize - 1];
-                let guard =
-                    |name: &str| guards.iter().find(|it| it.key.side == Side::Backend && it.key.name == name);
-                let state = guard("state").is_some_and(|it| it.expected.is_present());
-                rule(state && guard("online").is_some(), "a publication without its guards")?;
-                s.publication = *number;
-            }
-            Act::Plain(action) => match action {
-                Action::ReadWorld => {
-                    rule(!s.reading, "two reads are in flight")?;
-                    rule(s.publication == 0, "a read and a publication are in flight together")?;
-                    s.reading = true;
-                }
-                Action::Open(_) => {
-                    rule(s.image == Image::Closed, "an image is opened over another")?;
-                    rule(!s.stopping, "an image is opened after Stop")?;
-                    s.image = Image::Opening;
-                }
-                Action::CloseImage => {
-                    rule(s.image == Image::Open, "an image is closed that is not open")?;
-                    rule(s.ring == Ring::Down, "an image is closed under a ring")?;
-                    s.image = Image::Closing;
-                }
-                Action::Connect(plan) => {
-                    rule(s.ring == Ring::Down, "a ring is connected over another")?;
-                    rule(s.image == Image::Open, "a ring is connected without an image")?;
-                    rule(!s.stopping, "a ring is connected after Stop")?;
-                    let Happening::World(store, states) = happening else {
-                        return Err("a ring is connected without a read".to_owned());
-                    };
-                    let read = states.unwrap_or(store).backend.map_or(0, |it| it.state);
-                    rule(
-                        plan.resume || s.spoke || read != 4,
-                        "a predecessor's ring is connected as a new one",
-                    )?;
-                    s.ring = Ring::Connecting(nodes_of(plan));
-                }
-                Action::Disconnect(how) => {
-                    let escalates = *how == Disconnect::Abort
-                        && matches!(s.ring, Ring::Disconnecting(h) if h != Disconnect::Abort);
-                    let up = matches!(s.ring, Ring::Up(_) | Ring::Broken(_));
-                    rule(up || escalates, "a ring is disconnected that is not there")?;
-                    rule(
-                        (*how == Disconnect::HandOver) == s.stopping || escalates,
-                        "a ring is left or drained wrongly",
-                    )?;
-                    s.ring = Ring::Disconnecting(*how);
-                }
-                Action::ArmTimer(timer) => {
-                    rule(s.timers & (1 << *timer as u8) == 0, "a timer is armed twice")?;
-                    rule(!s.stopping, "a timer is armed after Stop")?;
-                    s.timers |= 1 << *timer as u8;
-                }
-                Action::CancelTimer(timer) => s.timers &= !(1 << *timer as u8),
-                Action::Report(_) => {}
-                Action::Forget => {
-                    rule(
-                        idle && s.publication == 0 && s.timers == 0,
-                        "a vbd is forgotten that holds something",
-                    )?;
-                    rule(!s.reading, "a vbd is forgotten while it is read")?;
-                    s.vbd = 0;
-                    s.spoke = false;
-                    s.lingered = false;
-                }
-                Action::Stopped => {
-                    rule(s.stopping && idle && s.publication == 0, "a vbd stops that holds something")?;
-                    return Ok(Self::reborn(&s));
-                }
-                Action::Publish(_) | Action::RemoveBackend(_) => return Err("not numbered".to_owned()),
-            },
-        }
-        Ok(s)
-    }
-}
-
-fn nodes_of(plan: &ConnectPlan) -> RingNodes {
-    if plan.ring.queues[0].ring_refs == [8] { RingNodes::A } else { RingNodes::B }
 }

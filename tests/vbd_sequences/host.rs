@@ -312,3 +312,13 @@ impl Host {
 pub(crate) fn bad_grant() -> ConnectError {
     ConnectError::Misbehaved(Misdeed::BadGrant(8))
 }
+
+pub(crate) const DRIVER: Place = Place::DriverDomain;
+
+/// A driver domain's device that has shown its 2 long enough.
+pub(crate) fn ready() -> Host {
+    let mut host = Host::new(DRIVER);
+    host.run().fire(Timer::Settle);
+    assert_eq!(host.took(), "open /dev/vg/a, 2");
+    host
+}

@@ -145,7 +145,7 @@ impl Backend {
                     self.again = true;
                     return;
                 }
-                Err(vbdd::hypervisor::HypervisorError::Failed(..)) => {}
+                Err(vbdd::pump::AttachError::Hypervisor(vbdd::hypervisor::HypervisorError::Failed(..))) => {}
                 Err(error) => return self.shared.fail(format!("attach of {plan:?}: {error:?}")),
             }
         }

@@ -227,7 +227,7 @@ impl SaneGuest {
         let pages = if flushes || odd {
             0
         } else {
-            { habits.segments_min + shared.below(habits.segments_max - habits.segments_min + 1) }
+            habits.segments_min + shared.below(habits.segments_max - habits.segments_min + 1)
         };
         if queue.free.len() < pages as usize {
             return false;

@@ -69,6 +69,8 @@ pub struct Xen {
     /// Domains whose queues were aborted: nothing more may be copied.
     pub aborted: BTreeSet<DomainId>,
     /// The next calls of `map` and `bind` fail for the system's own reason.
+    /// Copies that one call can do: more fail as a whole.
+    pub copies_max: Option<usize>,
     pub fail_map: u32,
     pub fail_bind: u32,
 }
@@ -256,20 +258,33 @@ impl Hypervisor for SimXen {
 
     fn copy(&mut self, segments: &mut [CopySegment]) -> Result<(), HypervisorError> {
         self.0.point("copy", segments.len() as u64, 0);
+        if self.0.xen.borrow().copies_max.is_some_and(|most| segments.len() > most) {
+            segments.iter_mut().for_each(|segment| segment.copied = self.0.chance(1, 2));
+            return Err(HypervisorError::Failed("copy", libc::ENOMEM));
+        }
         if self.0.strikes(self.0.faults.get().copy_batch) {
             let mut xen = self.xen();
             for segment in segments.iter_mut() {
                 let (domain, grant) = (segment.domain, segment.grant);
-                xen.failed_copies.push(FailedCopy { domain, grant, certain: true });
+                // The pump may try again.
+                xen.failed_copies.push(FailedCopy { domain, grant, certain: false });
                 // On failure of the call the statuses mean nothing.
                 segment.copied = self.0.chance(1, 2);
             }
+            if self.0.plant.get() == Plant::CopyStatusIgnored {
+                segments.iter_mut().for_each(|segment| segment.copied = true);
+                return Ok(());
+            }
             return Err(HypervisorError::Failed("copy", libc::ENOMEM));
         }
-        let lie = self.0.plant.get() == Plant::CopyStatusIgnored;
+        let skips = self.0.plant.get() == Plant::CopySkipped;
         for segment in segments.iter_mut() {
+            if skips && self.0.chance(1, 32) {
+                segment.copied = true;
+                continue;
+            }
             match self.xen().copy_one(segment) {
-                Ok(copied) => segment.copied = copied || lie,
+                Ok(copied) => segment.copied = copied,
                 Err(what) => self.0.fail(what),
             }
             self.0.note("copied", segment.grant.into(), segment.copied.into());

@@ -18,6 +18,7 @@
 pub mod backend;
 pub mod clock;
 pub mod guest;
+pub mod host;
 pub mod hostile;
 pub mod hypervisor;
 pub mod journals;
@@ -56,8 +57,10 @@ pub enum Plant {
     UnmaskDropped,
     /// The guest is not told of answers.
     NotifyDropped,
-    /// A grant copy that failed is reported as done.
+    /// A batch of grant copies that failed is reported as done.
     CopyStatusIgnored,
+    /// A grant copy is left out and reported as done.
+    CopySkipped,
     /// The journal forgets a request that was taken.
     JournalForgets,
     /// A write is done one sector further.
@@ -118,6 +121,8 @@ pub struct Shared {
     pub plant: Cell<Plant>,
     /// Guests run while the backend is inside a call.
     pub preempt: Cell<bool>,
+    /// Every guest acts at every call of the backend: none is ever late with its next request.
+    pub eager: Cell<bool>,
     /// Sane guests send nothing more.
     pub stop_sending: Cell<bool>,
     /// The backend dies when it makes this many more calls.
@@ -143,6 +148,7 @@ impl Shared {
             faults: Cell::new(Faults { latency_us_max: 500, ..Faults::default() }),
             plant: Cell::default(),
             preempt: Cell::new(true),
+            eager: Cell::new(false),
             stop_sending: Cell::new(false),
             countdown: Cell::new(None),
             calls: Cell::new(0),
@@ -208,6 +214,13 @@ impl Shared {
                 std::panic::resume_unwind(Box::new(Death));
             }
             self.countdown.set(Some(left - 1));
+        }
+        if self.eager.get()
+            && let Ok(mut guests) = self.guests.try_borrow_mut()
+        {
+            for guest in guests.iter_mut() {
+                guest.act(self);
+            }
         }
         if self.preempt.get() && self.chance(1, 4) {
             self.let_one_act();

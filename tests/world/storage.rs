@@ -222,6 +222,10 @@ impl SimStorage {
         }
     }
 
+    pub fn pool_used_bytes(&self) -> u64 {
+        self.pool.used_bytes()
+    }
+
     pub fn open_files(&self) -> usize {
         self.files.iter().flatten().count()
     }
@@ -306,6 +310,7 @@ impl Storage for SimStorage {
                     size_bytes: (media.images[image].visible.len() * SECTOR) as u64,
                     physical_block_bytes: 512,
                     direct: true,
+                    locked: true,
                 })
             }
             None => Err(OpenError { path: path.to_owned(), reason: "does not exist".to_owned() }),

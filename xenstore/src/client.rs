@@ -279,6 +279,12 @@ impl Client {
         self.ready.pop_front()
     }
 
+    /// Whether [`Client::event`] has something to give.
+    #[must_use]
+    pub fn has_events(&self) -> bool {
+        !self.ready.is_empty() || self.watches.has_events()
+    }
+
     /// Counters since the client was made.
     #[must_use]
     pub fn statistics(&self) -> Statistics {

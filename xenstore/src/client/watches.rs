@@ -199,6 +199,10 @@ impl Watches {
         Ok(())
     }
 
+    pub(super) fn has_events(&self) -> bool {
+        !self.failed.is_empty() || !self.turns.is_empty()
+    }
+
     pub(super) fn event(&mut self) -> Option<Event> {
         if let Some(((token, path), code)) = self.failed.pop_front() {
             return Some(Event::WatchFailed { token, path, code });
