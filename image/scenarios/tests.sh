@@ -3,14 +3,14 @@
 test_raw() {
   local file before
   have_guest g1
-  file=$(image raw 6)
+  file=$(image raw 2)
   before=$(ports_to "$(domid "$DOMAIN")" "$(domid g1)")
   disk g1 xvdb w "$file"
-  [ "$(on g1 "cat /sys/block/xvdb/size")" = 12288 ] || fail "the disk's size is $(on g1 "cat /sys/block/xvdb/size") sectors, not 12288"
+  [ "$(on g1 "cat /sys/block/xvdb/size")" = 4096 ] || fail "the disk's size is $(on g1 "cat /sys/block/xvdb/size") sectors, not 4096"
   verified g1 xvdb 1
-  on g1 "vbdd-guest pattern 42 6291456 >/dev/xvdb && sync" || fail "writing the whole disk"
+  on g1 "vbdd-guest pattern 42 2097152 >/dev/xvdb && sync" || fail "writing the whole disk"
   # The backend's domain makes the same bytes for itself.
-  on "$DOMAIN" "vbdd-guest pattern 42 6291456 | cmp - $file" || fail "the image holds something else than the guest wrote"
+  on "$DOMAIN" "vbdd-guest pattern 42 2097152 | cmp - $file" || fail "the image holds something else than the guest wrote"
   quiet g1
   gracefully g1 xvdb
   on g1 "test ! -b /dev/xvdb" || fail "the guest still has the disk"
