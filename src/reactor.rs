@@ -27,10 +27,10 @@ pub struct Ready {
 /// How a [`Reactor`] waits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Waiting {
-    /// The polling crate: five system calls a wait.
-    #[default]
+    /// The polling crate: five system calls a wait, and eight when io_uring's answers interrupt it.
     Polling,
     /// One `epoll_wait` a wait; timeouts are whole milliseconds, rounded up.
+    #[default]
     Epoll,
 }
 
@@ -174,4 +174,56 @@ fn not_polled(fd: BorrowedFd<'_>, error: &std::io::Error) -> Error {
 fn whole_milliseconds(time: Duration) -> Timespec {
     let millis = i32::try_from(time.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX);
     Timespec { tv_sec: (millis / 1000).into(), tv_nsec: (millis % 1000 * 1_000_000).into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixStream;
+    use std::time::Instant;
+
+    use super::*;
+
+    #[test]
+    fn both_ways_of_waiting_tell_the_same() {
+        for waiting in [Waiting::Polling, Waiting::Epoll] {
+            let mut reactor = Reactor::waiting_by(waiting).unwrap();
+            let (mut near, far) = UnixStream::pair().unwrap();
+            reactor.add(far.as_fd(), 7, false).unwrap();
+            let mut ready = Vec::new();
+            let start = Instant::now();
+            reactor.wait(Some(Duration::from_micros(1500)), &mut ready);
+            assert!(ready.is_empty() && start.elapsed() >= Duration::from_micros(1500), "{waiting:?}");
+            near.write_all(b"x").unwrap();
+            for _ in 0..2 {
+                reactor.wait(None, &mut ready);
+                let readable = Ready { key: 7, readable: true, writable: false };
+                assert_eq!(std::mem::take(&mut ready), [readable], "{waiting:?}: level-triggered");
+            }
+            reactor.modify(far.as_fd(), 8, true).unwrap();
+            reactor.wait(None, &mut ready);
+            let both = Ready { key: 8, readable: true, writable: true };
+            assert_eq!(std::mem::take(&mut ready), [both], "{waiting:?}");
+            drop(near);
+            reactor.modify(far.as_fd(), 8, false).unwrap();
+            reactor.wait(None, &mut ready);
+            assert!(ready.drain(..).all(|ready| ready.readable), "{waiting:?}: the other side is gone");
+            reactor.remove(far.as_fd());
+            reactor.wait(Some(Duration::ZERO), &mut ready);
+            assert!(ready.is_empty(), "{waiting:?}");
+        }
+    }
+
+    #[test]
+    fn a_timeout_is_never_cut_short_and_never_overflows() {
+        let millis = |time: Duration| {
+            let whole = whole_milliseconds(time);
+            whole.tv_sec * 1000 + whole.tv_nsec / 1_000_000
+        };
+        assert_eq!(millis(Duration::ZERO), 0);
+        assert_eq!(millis(Duration::from_nanos(1)), 1);
+        assert_eq!(millis(Duration::from_millis(1999)), 1999);
+        assert_eq!(millis(Duration::MAX), i32::MAX.into());
+    }
 }

@@ -83,8 +83,9 @@ fn wrong_data_is_noticed() {
     notices(Plant::WriteMisplaced, FAULTS, to_the_end, "sector");
     notices(Plant::WriteErrorHidden, FAULTS, to_the_end, "though it was made to fail");
     notices(Plant::CopySkipped, FAULTS, to_the_end, "sector");
+    // A batch that fails as a whole is copied again one by one; who takes its statuses for true hands out stale memory.
     let failing = Faults { copy_batch: 60, ..FAULTS };
-    notices(Plant::CopyStatusIgnored, failing, to_the_end, "though it was made to fail");
+    notices(Plant::CopyStatusIgnored, failing, to_the_end, "sector");
 }
 
 #[test]

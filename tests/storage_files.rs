@@ -132,3 +132,16 @@ fn a_writable_image_that_somebody_else_has_locked_is_said_to_be() {
         assert!(rig.open(&other_path, Access::ReadWrite).unwrap().locked, "{case}");
     });
 }
+
+#[test]
+fn a_closed_image_can_be_opened_again_at_once() {
+    everywhere("reopened", |rig, directory, case| {
+        let path = directory.file("image", &[0; 8192]);
+        for round in 0..5 {
+            let opened = rig.open(&path, Access::ReadWrite).unwrap();
+            assert!(opened.locked, "{case}, round {round}");
+            rig.write(opened.file, 0, &[7; 4096]).unwrap();
+            rig.storage.close(opened.file);
+        }
+    });
+}

@@ -39,6 +39,17 @@ pub(super) struct File {
     pub hazards: Option<Hazards>,
 }
 
+impl Drop for File {
+    /// The lock is given up at once: the kernel may keep the open file for a second after it was closed, as io_uring lets
+    /// go of registered files late. While a transfer is in flight the lock has to stay, whatever becomes of us.
+    fn drop(&mut self) {
+        let is_locked = self.access == Access::ReadWrite && matches!(self.identity, Identity::File { .. });
+        if is_locked && self.in_flight == 0 {
+            let _ = rustix::fs::flock(&self.fd, rustix::fs::FlockOperation::Unlock);
+        }
+    }
+}
+
 impl File {
     fn new(prepared: Prepared) -> File {
         let serialised = prepared.shape.block > SECTOR_BYTES;

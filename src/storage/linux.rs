@@ -14,7 +14,7 @@ use super::legs::{self, BOUNCE_BYTES};
 use super::medium::{self, Path, Prepared};
 use super::slots::{Fifo, Slots};
 use super::workers::{Bell, Workers};
-use super::{Access, Done, FileId, Io, IoKind, OpenError, Opened, Storage, StorageError};
+use super::{Access, Done, FileId, Identity, Io, IoKind, OpenError, Opened, Storage, StorageError};
 use crate::buffers::Pool;
 use crate::images::Roots;
 
@@ -105,6 +105,12 @@ pub struct LinuxStorage {
     bell: Arc<Bell>,
     /// Whether a transfer was pushed by us and not on behalf of a caller who is about to submit.
     pub(super) continued: bool,
+}
+
+/// Whether the engine should know a file by number. Not a device: the kernel lets go of registered files late, and the claim
+/// on a device ends with its open file.
+fn registers(entry: &File) -> bool {
+    entry.path != Path::Memory && matches!(entry.identity, Identity::File { .. })
 }
 
 impl LinuxStorage {
@@ -216,7 +222,7 @@ impl LinuxStorage {
                 reason: String::from("the table of files is broken (a bug in vbdd)"),
             });
         };
-        if entry.path != Path::Memory && self.engine.attach(index, entry.fd.as_fd()) {
+        if registers(entry) && self.engine.attach(index, entry.fd.as_fd()) {
             entry.attached = Some(index);
         }
         Ok(Opened {

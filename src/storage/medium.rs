@@ -16,7 +16,7 @@ const MEMORY_MAGIC: [i64; 3] = [0x0102_1994, 0x8584_58f6, 0x9584_58f6];
 
 /// How often, and how long apart, a device that was busy is tried again: our own last claim of it may still be on its way
 /// out, when a guest hands its disk from a boot loader to a kernel.
-const BUSY_TRIES: u32 = 6;
+const BUSY_TRIES: u32 = 40;
 const BUSY_PAUSE: std::time::Duration = std::time::Duration::from_millis(50);
 
 /// The largest physical block that is believed, in bytes.
