@@ -1,7 +1,7 @@
 //! The control door: a unix socket that answers questions about the running process.
 //!
 //! One request a line, one line of JSON as the answer; see `docs/control.md`. Sessions are tasks of a local executor that
-//! the daemon's loop drives: they wait for the poller through [`Wakeups`], and for the backend by leaving a [`Request`].
+//! the daemon's loop drives: they wait for the poller through `Wakeups`, and for the backend by leaving a [`Request`].
 //! Control work is rare; that it allocates and takes turns with the rings does no harm.
 
 pub mod client;
