@@ -1,7 +1,7 @@
 //! `vbdd serve`: the process around the backend. Opens what the machine offers, waits, and feeds the backend.
 
 use std::os::fd::BorrowedFd;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use log::{info, warn};
 
@@ -26,8 +26,29 @@ const STORAGE: usize = 2;
 const SIGNALS: usize = 3;
 const CONTROL: usize = 16;
 
+/// Time since the process began, a few milliseconds coarse. The exact clock is a system call in some Xen domains, and the loop
+/// looks at the time with every batch of requests.
+#[derive(Clone, Copy)]
+struct Clock(Duration);
+
+impl Clock {
+    fn start() -> Clock {
+        Clock(Clock::system())
+    }
+
+    fn now(self) -> Duration {
+        Clock::system().saturating_sub(self.0)
+    }
+
+    fn system() -> Duration {
+        let time = rustix::time::clock_gettime(rustix::time::ClockId::MonotonicCoarse);
+        let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
+        Duration::new(seconds, u32::try_from(time.tv_nsec).unwrap_or(0))
+    }
+}
+
 struct Daemon {
-    started: Instant,
+    clock: Clock,
     reactor: Reactor,
     xenbus: Xenbus,
     connections_made: u64,
@@ -65,7 +86,7 @@ pub fn serve(options: &ServeOptions) -> Result<(), Error> {
 impl Daemon {
     /// Opens everything; `None` if a signal ended the wait for xenstore.
     fn open(options: &ServeOptions, mut signals: Signals) -> Result<Option<Daemon>, Error> {
-        let started = Instant::now();
+        let clock = Clock::start();
         let hypervisor = LinuxHypervisor::open()?;
         let journals = JournalDirectory::open(&options.state_dir)?;
         let storage = LinuxStorage::new(&StorageOptions {
@@ -87,7 +108,7 @@ impl Daemon {
         let store = xenbus::Options { path: options.xenstore.clone(), seed: seed() };
         let mut xenbus = Xenbus::open(&store, 0).map_err(|error| Error::new(error.to_string(), ""))?;
         info!("xenstore: {}", xenbus.place().display());
-        let Some(first_events) = wait_for_domain(&mut xenbus, &mut signals, started)? else {
+        let Some(first_events) = wait_for_domain(&mut xenbus, &mut signals, clock)? else {
             return Ok(None);
         };
         if let Some(fd) = xenbus.fd() {
@@ -105,7 +126,7 @@ impl Daemon {
         let kinds = options.kinds.iter().filter_map(|name| Kind::from_name(name)).collect();
         let assume_clean = options.assume_clean;
         let options = Options { kinds, vbd };
-        let mut backend = Backend::new(options, hypervisor, storage, Box::new(journals), started.elapsed());
+        let mut backend = Backend::new(options, hypervisor, storage, Box::new(journals), clock.now());
         if assume_clean {
             backend.pump().assume_clean();
         }
@@ -114,7 +135,7 @@ impl Daemon {
         }
         let connections_made = xenbus.connections_made();
         Ok(Some(Daemon {
-            started,
+            clock,
             reactor,
             xenbus,
             connections_made,
@@ -130,7 +151,7 @@ impl Daemon {
     fn run(&mut self) {
         let mut ready = Vec::new();
         loop {
-            let now = self.started.elapsed();
+            let now = self.clock.now();
             let more = self.backend.turn(self.xenbus.session(), now);
             self.answer_control(now);
             self.xenbus.flush(millis(now));
@@ -142,7 +163,7 @@ impl Daemon {
             let more = more || self.xenbus.session().has_events();
             let timeout = if more { Some(Duration::ZERO) } else { self.timeout() };
             self.reactor.wait(timeout, &mut ready);
-            let now = self.started.elapsed();
+            let now = self.clock.now();
             for ready in ready.drain(..) {
                 self.dispatch(ready, now);
             }
@@ -255,7 +276,7 @@ impl Daemon {
         let store = self.xenbus.timeout().map(Duration::from_millis);
         let deadlines = [store, self.backend.deadline(), self.control.deadline(), self.stop_by, self.trim_at];
         let first = deadlines.into_iter().flatten().min()?;
-        Some(first.saturating_sub(self.started.elapsed()))
+        Some(first.saturating_sub(self.clock.now()))
     }
 }
 
@@ -263,7 +284,7 @@ impl Daemon {
 fn wait_for_domain(
     xenbus: &mut Xenbus,
     signals: &mut Signals,
-    started: Instant,
+    clock: Clock,
 ) -> Result<Option<Vec<xenbus::Event>>, Error> {
     let mut reactor = Reactor::new()?;
     reactor.add(signals.fd(), SIGNALS, false)?;
@@ -277,7 +298,7 @@ fn wait_for_domain(
         if xenbus.session().domain().is_some() {
             return Ok(Some(events));
         }
-        xenbus.flush(millis(started.elapsed()));
+        xenbus.flush(millis(clock.now()));
         if let Some(fd) = xenbus.fd()
             && polled != xenbus.connections_made()
         {
@@ -288,7 +309,7 @@ fn wait_for_domain(
         if ready.drain(..).any(|ready| ready.key == SIGNALS) && signals.take() == Some(Signal::Stop) {
             return Ok(None);
         }
-        let now_ms = millis(started.elapsed());
+        let now_ms = millis(clock.now());
         xenbus.handle_readable(now_ms);
         xenbus.handle_time(now_ms);
     }
