@@ -141,6 +141,22 @@ impl Pages {
         starts.first()
     }
 
+    fn has(self, page: u32) -> bool {
+        self.0.get(page as usize / 64).is_some_and(|word| word & (1 << (page % 64)) != 0)
+    }
+
+    fn set(&mut self, page: u32) {
+        if let Some(word) = self.0.get_mut(page as usize / 64) {
+            *word |= 1 << (page % 64);
+        }
+    }
+
+    fn clear(&mut self, page: u32) {
+        if let Some(word) = self.0.get_mut(page as usize / 64) {
+            *word &= !(1 << (page % 64));
+        }
+    }
+
     /// How many pages from `first` on are in the set without a gap.
     fn run_length(self, first: u32) -> u32 {
         let gap = self.not().shifted_down(first).first().unwrap_or(CHUNK_PAGES);
@@ -215,11 +231,20 @@ impl Pool {
             if chunk.free_pages < count {
                 continue;
             }
-            let Some(first) = chunk.used.not().first_run(count) else { continue };
-            let pages = Pages::range(first, count);
-            chunk.used = chunk.used.or(pages);
-            chunk.touched = chunk.touched.or(pages);
-            chunk.starts = chunk.starts.or(Pages::range(first, 1));
+            let free = chunk.used.not();
+            // One page is what most requests ask for.
+            let Some(first) = (if count == 1 { free.first() } else { free.first_run(count) }) else {
+                continue;
+            };
+            if count == 1 {
+                chunk.used.set(first);
+                chunk.touched.set(first);
+            } else {
+                let pages = Pages::range(first, count);
+                chunk.used = chunk.used.or(pages);
+                chunk.touched = chunk.touched.or(pages);
+            }
+            chunk.starts.set(first);
             chunk.free_pages -= count;
             self.used_bytes += u64::from(count) * u64::from(PAGE_BYTES);
             self.used_bytes_max = self.used_bytes_max.max(self.used_bytes);
@@ -244,8 +269,12 @@ impl Pool {
             return false;
         };
         let chunk = &mut self.chunks[index];
-        chunk.used = chunk.used.and(Pages::range(first, count).not());
-        chunk.starts = chunk.starts.and(Pages::range(first, 1).not());
+        if count == 1 {
+            chunk.used.clear(first);
+        } else {
+            chunk.used = chunk.used.and(Pages::range(first, count).not());
+        }
+        chunk.starts.clear(first);
         chunk.free_pages += count;
         self.used_bytes -= u64::from(count) * u64::from(PAGE_BYTES);
         true
@@ -261,13 +290,16 @@ impl Pool {
         let chunk = self.chunks.get(index)?;
         let first = u32::try_from(offset % SPAN_BYTES_MAX as usize).ok()? / PAGE_BYTES;
         let count = span.length_bytes.div_ceil(PAGE_BYTES);
-        if first + count > CHUNK_PAGES || chunk.starts.and(Pages::range(first, 1)).is_empty() {
+        if first + count > CHUNK_PAGES || !chunk.starts.has(first) {
             return None;
+        }
+        let next = first + count;
+        let ends_here = chunk.starts.has(next) || !chunk.used.has(next);
+        if count == 1 {
+            return (chunk.used.has(first) && ends_here).then_some((index, first, count));
         }
         let inner_starts = chunk.starts.and(Pages::range(first + 1, count - 1));
         let all_used = chunk.used.run_length(first) >= count;
-        let next = Pages::range(first + count, 1);
-        let ends_here = !chunk.starts.and(next).is_empty() || chunk.used.and(next).is_empty();
         (inner_starts.is_empty() && all_used && ends_here).then_some((index, first, count))
     }
 
