@@ -9,7 +9,7 @@ new_work() {
 
 machine_cleanup() {
   local code=$?
-  [ -n "${MACHINE_PID:-}" ] && kill -KILL -- "-$MACHINE_PID" 2>/dev/null
+  [ -z "${MACHINE_PID:-}" ] || kill -KILL -- "-$MACHINE_PID" 2>/dev/null || true
   if [ $code = 0 ] && [ -z "${VBDD_KEEP:-}" ]; then
     rm -rf "$WORK"
   else
