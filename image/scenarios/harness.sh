@@ -78,9 +78,9 @@ disk() {
   wait_for on "$1" "test -b /dev/$2" || fail "$1 has no /dev/$2"
 }
 
-# verify_start GUEST DISK [BLOCKS]: verified writes in the background, until verify_stop.
+# verify_start GUEST DISK [PAUSE_MS]: verified writes in the background, until verify_stop.
 verify_start() {
-  on "$1" "rm -f /tmp/stop.$2; (vbdd-guest verify /dev/$2 ${3:-256} /tmp/stop.$2 280; echo status=\$?) >/tmp/verify.$2 2>&1 &"
+  on "$1" "rm -f /tmp/stop.$2; (vbdd-guest verify /dev/$2 64 /tmp/stop.$2 900 1 ${3:-0}; echo status=\$?) >/tmp/verify.$2 2>&1 &"
 }
 
 # verify_stop GUEST DISK: ends it and wants every block right.

@@ -24,14 +24,14 @@ test_take_over() {
   file=$(image takeover 16)
   disk g1 xvdb w "$file"
   verify_start g1 xvdb
-  wait_for writes_beyond g1 xvdb 300 || fail "the verifier does not write"
+  wait_for writes_beyond g1 xvdb 100 || fail "the verifier does not write"
   while [ $n -lt "${TAKE_OVERS:-10}" ]; do
     n=$((n + 1))
     vbdd_stop "$DOMAIN" || fail "take-over $n: vbdd did not end cleanly"
     state_is "$(be_of g1 xvdb)" 4 || fail "take-over $n: vbdd left the backend in state $(xenstore-read "$(be_of g1 xvdb)/state")"
     count=$(writes g1 xvdb)
     vbdd_start "$DOMAIN" || fail "take-over $n: vbdd did not start again"
-    wait_for writes_beyond g1 xvdb $((count + 100)) || fail "take-over $n: the guest's writes do not go on"
+    wait_for writes_beyond g1 xvdb $((count + 50)) || fail "take-over $n: the guest's writes do not go on"
     state_is "$(front g1 xvdb)" 4 || fail "take-over $n: the guest noticed"
   done
   verify_stop g1 xvdb
@@ -47,7 +47,7 @@ test_many() {
   for pair in "g1 xvdb" "g1 xvdc" "g1 xvdd" "g2 xvdb" "g2 xvdc"; do
     set -- $pair
     disk "$1" "$2" w "$(image "many-$1-$2" 16)"
-    verify_start "$1" "$2" 64
+    verify_start "$1" "$2" 20
   done
   sleep 2
   for pair in "g1 xvdb" "g1 xvdc" "g1 xvdd" "g2 xvdb" "g2 xvdc"; do
@@ -136,7 +136,7 @@ test_forced() {
   [ ! -e /run/g3.domid ] || victim=g3
   have_guest g1
   disk g1 xvdb w "$(image bystander 16)"
-  verify_start g1 xvdb
+  verify_start g1 xvdb 100
   have_guest $victim
   id=$(domid $victim)
   disk $victim xvdb w "$(image forced 16)"
@@ -203,7 +203,7 @@ test_bad_params() {
   GOOD=$(image good 16)
   on "$DOMAIN" "ln -s /init $IMAGES/t-link"
   disk g1 xvdb w "$GOOD"
-  verify_start g1 xvdb
+  verify_start g1 xvdb 100
   each_bad plug_bad
   each_bad refused
   # A wrong neighbour goes as any other disk goes.

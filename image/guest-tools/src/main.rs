@@ -2,7 +2,7 @@
 //!
 //! - `pattern SEED BYTES`: prints pseudo-random bytes that anyone can make again.
 //! - `load PATH SHAPE DEPTH REQUESTS [SEED]`: a counted load; SHAPE is randread, randwrite (4 KiB), read or write (128 KiB).
-//! - `verify PATH BLOCKS STOP-FILE SECONDS [SEED]`: writes and checks 4 KiB blocks until STOP-FILE exists.
+//! - `verify PATH BLOCKS STOP-FILE SECONDS [SEED [PAUSE_MS]]`: writes and checks 4 KiB blocks until STOP-FILE exists.
 //! - `ask TTY LOG SECONDS LOOK_MS COMMAND`: run in dom0; has the agent at the other end of a console run COMMAND.
 #![allow(clippy::print_stdout, clippy::print_stderr)] // a command-line tool whose output is its purpose
 
@@ -16,7 +16,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 const USAGE: &str = "usage: vbdd-guest pattern SEED BYTES | load PATH SHAPE DEPTH REQUESTS [SEED] | \
-                     verify PATH BLOCKS STOP-FILE SECONDS [SEED] | ask TTY LOG SECONDS LOOK_MS COMMAND";
+                     verify PATH BLOCKS STOP-FILE SECONDS [SEED [PAUSE_MS]] | ask TTY LOG SECONDS LOOK_MS COMMAND";
 
 fn word(words: &[String], at: usize) -> Result<&str, String> {
     words.get(at).map(String::as_str).ok_or_else(|| USAGE.to_owned())
@@ -44,13 +44,12 @@ fn run(words: &[String]) -> Result<u8, String> {
             let depth = usize::try_from(number(words, 3)?).map_err(|e| e.to_string())?;
             load::run(word(words, 1)?, shape, depth, number(words, 4)?, seed(words, 5)?)?
         }
-        "verify" => verify::run(
-            word(words, 1)?,
-            number(words, 2)?,
-            word(words, 3)?,
-            number(words, 4)?,
-            seed(words, 5)?,
-        )?,
+        "verify" => {
+            let pause = if words.len() > 6 { number(words, 6)? } else { 0 };
+            let (longest, pause) = (Duration::from_secs(number(words, 4)?), Duration::from_millis(pause));
+            let limits = verify::Limits { longest, pause };
+            verify::run(word(words, 1)?, number(words, 2)?, word(words, 3)?, limits, seed(words, 5)?)?
+        }
         _ => return Err(USAGE.to_owned()),
     };
     println!("{line}");

@@ -14,6 +14,15 @@ use std::time::{Duration, Instant};
 /// Blocks written between two flushes.
 const BATCH: u64 = 16;
 
+/// How long a run lasts, and how hard it works.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    /// When it ends by itself.
+    pub(crate) longest: Duration,
+    /// Pause between two batches, for a disk that shall only be in use while the test is about something else.
+    pub(crate) pause: Duration,
+}
+
 /// Counts of a run.
 #[derive(Debug, Default)]
 struct Report {
@@ -103,14 +112,15 @@ impl Run {
         Ok(())
     }
 
-    fn all(&mut self, stop: &Path, longest_s: u64) -> Result<(), String> {
-        let end = Instant::now() + Duration::from_secs(longest_s);
+    fn all(&mut self, stop: &Path, limits: Limits) -> Result<(), String> {
+        let end = Instant::now() + limits.longest;
         for block in 0..self.generations.len() as u64 {
             self.write(block)?;
         }
         self.flush()?;
         while !stop.exists() && Instant::now() < end {
             self.turn()?;
+            std::thread::sleep(limits.pause);
         }
         for block in 0..self.generations.len() as u64 {
             self.check(block)?;
@@ -119,12 +129,12 @@ impl Run {
     }
 }
 
-/// Works on the first `blocks` blocks of `path` until the file `stop` exists or `longest_s` seconds are over, then
+/// Works on the first `blocks` blocks of `path` until the file `stop` exists or the longest time is over, then
 /// checks every block. The returned line also goes with an error, which then comes first.
 ///
 /// # Errors
 /// At the first failed transfer or wrong block.
-pub(crate) fn run(path: &str, blocks: u64, stop: &str, longest_s: u64, seed: u64) -> Result<String, String> {
+pub(crate) fn run(path: &str, blocks: u64, stop: &str, limits: Limits, seed: u64) -> Result<String, String> {
     let (file, size_bytes) = direct::open(path, true)?;
     if size_bytes < blocks * BLOCK_BYTES as u64 {
         return Err(format!("{path} has {size_bytes} bytes, too few for {blocks} blocks"));
@@ -132,7 +142,7 @@ pub(crate) fn run(path: &str, blocks: u64, stop: &str, longest_s: u64, seed: u64
     let generations = vec![0; usize::try_from(blocks).map_err(|e| e.to_string())?];
     let (choice, buffer, report) = (Pattern::new(seed), Buffer::new(BLOCK_BYTES), Report::default());
     let mut run = Run { file, generations, choice, buffer, report };
-    let result = run.all(Path::new(stop), longest_s);
+    let result = run.all(Path::new(stop), limits);
     let report = &run.report;
     let line = format!(
         "written={} read={} flushes={} longest_ms={}",
@@ -158,7 +168,8 @@ mod tests {
         let (disk, stop) = (scratch("good"), scratch("good-stop"));
         std::fs::write(&disk, vec![0u8; 64 * BLOCK_BYTES]).unwrap();
         std::fs::write(&stop, b"").unwrap();
-        let line = run(&disk, 64, &stop, 5, 1).unwrap();
+        let limits = Limits { longest: Duration::from_secs(5), pause: Duration::ZERO };
+        let line = run(&disk, 64, &stop, limits, 1).unwrap();
         assert!(line.starts_with("errors=0 written=64 read=64 flushes=1 "), "{line}");
         std::fs::remove_file(disk).unwrap();
         std::fs::remove_file(stop).unwrap();
