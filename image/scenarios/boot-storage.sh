@@ -8,7 +8,8 @@ storage_up storage && backend_up "$FLAVOUR" storage || { echo "@fail storage: th
 story "storage: the domain is up"
 scenario "xenstore client over /dev/xen/xenbus" test_conformance
 scenario "a raw disk, from attaching to unplugging" test_raw
-scenario "ten take-overs under guest I/O" test_take_over
+scenario "ten take-overs under guest I/O" test_take_over stop 10
+scenario "vbdd killed five times under guest I/O" test_take_over kill 5
 scenario "a read-only disk refuses writes" test_read_only
 scenario "wrong params give texts, other disks go on" test_bad_params
 scenario "five disks of two guests at once" test_many

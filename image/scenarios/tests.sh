@@ -17,17 +17,17 @@ test_raw() {
   [ "$(ports_to "$(domid "$DOMAIN")" "$(domid g1)")" = "$before" ] || fail "an event channel was not given back"
 }
 
+# test_take_over HOW TIMES: vbdd ends and starts again under a guest's verified writes. HOW: stop (SIGTERM), kill (SIGKILL).
 test_take_over() {
-  local n=0 count file
+  local how=$1 times=$2 n=0 count
   only_vbdd
   have_guest g1
-  file=$(image takeover 16)
-  disk g1 xvdb w "$file"
+  disk g1 xvdb w "$(image takeover 16)"
   verify_start g1 xvdb
   wait_for writes_beyond g1 xvdb 100 || fail "the verifier does not write"
-  while [ $n -lt "${TAKE_OVERS:-10}" ]; do
+  while [ $n -lt "$times" ]; do
     n=$((n + 1))
-    vbdd_stop "$DOMAIN" || fail "take-over $n: vbdd did not end cleanly"
+    "vbdd_$how" "$DOMAIN" || fail "take-over $n: vbdd did not end as it should"
     state_is "$(be_of g1 xvdb)" 4 || fail "take-over $n: vbdd left the backend in state $(xenstore-read "$(be_of g1 xvdb)/state")"
     count=$(writes g1 xvdb)
     vbdd_start "$DOMAIN" || fail "take-over $n: vbdd did not start again"
@@ -35,7 +35,7 @@ test_take_over() {
     state_is "$(front g1 xvdb)" 4 || fail "take-over $n: the guest noticed"
   done
   verify_stop g1 xvdb
-  echo "@say $DOMAIN: $n take-overs under writes: $(head -1 /run/verify.g1.xvdb)" >/dev/hvc0
+  echo "@say $DOMAIN: $n take-overs ($how) under writes: $(head -1 /run/verify.g1.xvdb)" >/dev/hvc0
   quiet g1
   gracefully g1 xvdb
 }

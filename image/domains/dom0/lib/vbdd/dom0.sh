@@ -266,6 +266,13 @@ vbdd_stop() {
   [ "$(on "$1" "cat /run/vbdd.status")" = 0 ] || { warn "vbdd ended with status $(on "$1" "cat /run/vbdd.status")"; return 1; }
 }
 
+# vbdd_kill DOMAIN: SIGKILL, and waits for the end.
+vbdd_kill() {
+  on "$1" "touch /run/vbdd.hold; killall -KILL vbdd" || { warn "there was no vbdd to kill"; return 1; }
+  wait_for on "$1" "test -s /run/vbdd.status" || { warn "vbdd did not end after SIGKILL"; return 1; }
+  [ "$(on "$1" "cat /run/vbdd.status")" = 137 ] || { warn "vbdd ended with status $(on "$1" "cat /run/vbdd.status")"; return 1; }
+}
+
 # What vbdd said: all of it.
 vbdd_log() { [ "$1" = dom0 ] && cat /run/vbdd.log || tr -d '\r' <"$LOGS/guest-$1.log" | grep -vE '^c[0-9]+[|=]'; }
 
