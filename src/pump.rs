@@ -178,13 +178,6 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         }
     }
 
-    /// Tells a disk its new size.
-    pub fn resize_disk(&mut self, disk: DiskId, size_sectors: u64) {
-        if let Some(disk) = self.disk(disk.0) {
-            disk.image = formats::Raw::of_sectors(size_sectors);
-        }
-    }
-
     /// Makes all that was written durable; answered by [`PumpEvent::Synced`].
     pub fn sync(&mut self, disk: DiskId) {
         if let Some(open) = self.disk(disk.0) {
