@@ -69,6 +69,8 @@ pub struct Media {
     pub flush_failed: Vec<usize>,
     /// Transfers started since the world began.
     pub transfers: u64,
+    /// Images of which no transfer ever ends.
+    pub hung: BTreeSet<usize>,
     /// The next transfer of this kind never ends.
     pub hang_next: Option<IoKind>,
 }
@@ -101,6 +103,7 @@ impl Media {
 
     /// Lets the transfers that never end go on.
     pub fn unhang(&mut self) {
+        self.hung.clear();
         self.running.iter_mut().filter(|one| one.due_us == u64::MAX).for_each(|one| one.due_us = 0);
     }
 
@@ -376,6 +379,9 @@ impl Storage for SimStorage {
                 latency *= 100;
             }
             one.due_us = now + latency;
+            if media.hung.contains(&one.image) {
+                one.due_us = u64::MAX;
+            }
             if media.hang_next == Some(one.io.kind) {
                 media.hang_next = None;
                 one.due_us = u64::MAX;
