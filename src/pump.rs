@@ -203,6 +203,14 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         DiskId(place_in(&mut self.disks, Disk::new(plan, 32)))
     }
 
+    /// Says what the frontend that is about to connect was offered, and whether it needs its answers in order. For the
+    /// queues that are attached from now on.
+    pub fn set_terms(&mut self, disk: DiskId, offers: Offers, in_order: bool) {
+        if let Some(disk) = self.disk(disk.0) {
+            (disk.offers, disk.in_order) = (offers, in_order);
+        }
+    }
+
     /// Removes a disk that no queue uses, and closes its image.
     pub fn remove_disk(&mut self, disk: DiskId) {
         if let Some(disk) = self.disks.get_mut(disk.0 as usize).and_then(Option::take) {

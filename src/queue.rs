@@ -109,6 +109,26 @@ pub struct Counters {
 }
 
 impl Counters {
+    /// What several queues have counted.
+    #[must_use]
+    pub fn sum(all: impl Iterator<Item = Counters>) -> Counters {
+        all.fold(Counters::default(), |a, b| Counters {
+            reads: a.reads + b.reads,
+            writes: a.writes + b.writes,
+            flushes: a.flushes + b.flushes,
+            barriers: a.barriers + b.barriers,
+            discards: a.discards + b.discards,
+            indirect: a.indirect + b.indirect,
+            read_bytes: a.read_bytes + b.read_bytes,
+            written_bytes: a.written_bytes + b.written_bytes,
+            discarded_bytes: a.discarded_bytes + b.discarded_bytes,
+            storage_errors: a.storage_errors + b.storage_errors,
+            refused: a.refused + b.refused,
+            events: a.events + b.events,
+            notifications: a.notifications + b.notifications,
+        })
+    }
+
     fn count(&mut self, request: &Request) {
         let bytes = u64::from(request.length_bytes());
         self.indirect += u64::from(matches!(request.segments, Segments::Indirect(_)));
