@@ -16,6 +16,7 @@ mod files;
 mod hazards;
 mod legs;
 mod medium;
+mod merge;
 mod requests;
 mod slots;
 

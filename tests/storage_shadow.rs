@@ -78,8 +78,16 @@ impl World {
         if self.roll(4) == 0 {
             from &= !7;
         }
+        let next_is_adjacent = self.roll(2) == 0;
+        let mut kind = if self.roll(3) == 0 { IoKind::Read } else { IoKind::Write };
+        // As often as not it goes on where the last one ended.
+        if let Some(last) = self.flights.last().filter(|last| last.kind != IoKind::Flush)
+            && last.from + last.sectors < self.shadow.len()
+            && next_is_adjacent
+        {
+            (from, kind) = (last.from + last.sectors, last.kind);
+        }
         let sectors = sectors.min(self.shadow.len() - from);
-        let kind = if self.roll(3) == 0 { IoKind::Read } else { IoKind::Write };
         let meddle = self.roll(3) == 0;
         let overlaps = |other: &Flight| from < other.from + other.sectors && other.from < from + sectors;
         let clash = self.flights.iter().any(|other| match (kind, other.kind) {
@@ -222,6 +230,8 @@ fn run(
     world.run(requests, 24);
     world.compare(&path);
     let plan = plan.take();
+    let merged = world.rig.storage.merged();
+    assert!(merged > 50 || plan.room > 0, "only {merged} transfers were merged");
     assert_eq!(plan.misaligned, 0, "a transfer that such a medium refuses (seed {seed:#x})");
     (world, plan)
 }
