@@ -52,6 +52,7 @@ pub(super) struct View {
     pub(super) device: Result<Device, String>,
     /// What a ring would be, were one announced.
     pub(super) ring: Result<RingPlan, Misdeed>,
+    pub(super) has_script: bool,
     pub(super) plays_script: bool,
     /// The toolstack's script may still be at work.
     pub(super) script_pending: bool,
@@ -90,6 +91,7 @@ impl Read {
             fe: front(world.node(Side::Frontend, "state")),
             device: device(address, world),
             ring: ring(config, world),
+            has_script,
             plays_script,
             script_pending: !plays_script && has_script && !hotplug_connected,
             hotplug_connected,
