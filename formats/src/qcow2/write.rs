@@ -87,6 +87,10 @@ impl Qcow2 {
         let sector = (bytes_of(extent.sector) - within + first * unit) / SECTOR_BYTES;
         Prepared::Allocated(Payout {
             extent: Extent { sector, sectors: (last - first) * unit / SECTOR_BYTES },
+            locked: Extent {
+                sector: (bytes_of(extent.sector) - within) / SECTOR_BYTES,
+                sectors: self.shape.cluster_sectors(),
+            },
             offset_bytes: host + first * unit,
             reads_zero: false,
             before: Before::Parent,
@@ -115,6 +119,10 @@ impl Qcow2 {
                 sectors: (to - from) / SECTOR_BYTES,
             },
             offset_bytes: (first << self.shape.cluster_bits) + from,
+            locked: Extent {
+                sector: (guest - within) / SECTOR_BYTES,
+                sectors: to.div_ceil(whole) * self.shape.cluster_sectors(),
+            },
             reads_zero,
             before,
             ticket: NEW,

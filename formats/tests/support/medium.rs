@@ -135,7 +135,7 @@ impl SimMedium {
         let mut bytes = self.durable.clone();
         // All, none, most, few: uniform coins alone hardly ever keep or lose a whole table.
         let mode = rng.below(4);
-        let mut keep = |rng: &mut Rng| match mode {
+        let keep = |rng: &mut Rng| match mode {
             0 => !rng.one_in(8),
             1 => rng.one_in(8),
             _ => rng.one_in(2),

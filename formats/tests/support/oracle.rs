@@ -13,6 +13,8 @@ struct Written {
     ended: u64,
     /// A discard: it may have done nothing.
     perhaps: bool,
+    /// No crash can bring it back. A read that began long ago may still find it.
+    gone: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -38,8 +40,9 @@ pub fn value_of(sector: &[u8]) -> Option<u64> {
 
 impl Oracle {
     pub fn new(values: impl Iterator<Item = u64>) -> Oracle {
-        let sectors =
-            values.map(|value| vec![Written { value, begun: 0, ended: 0, perhaps: false }]).collect();
+        let sectors = values
+            .map(|value| vec![Written { value, begun: 0, ended: 0, perhaps: false, gone: false }])
+            .collect();
         Oracle { sectors, now: 1 }
     }
 
@@ -59,7 +62,7 @@ impl Oracle {
         for sector in extent.sector..extent.sector + extent.sectors {
             let value = if op == Op::Write { value(sector) } else { 0 };
             let perhaps = op == Op::Discard;
-            self.sectors[sector as usize].push(Written { value, begun, ended: NEVER, perhaps });
+            self.sectors[sector as usize].push(Written { value, begun, ended: NEVER, perhaps, gone: false });
         }
         begun
     }
@@ -83,14 +86,14 @@ impl Oracle {
             let covered = |other: &Written| !other.perhaps && other.ended < begun;
             let latest = sector.iter().filter(|other| covered(other)).map(|other| other.begun).max();
             if let Some(latest) = latest {
-                sector.retain(|written| written.ended >= latest);
+                sector.iter_mut().for_each(|written| written.gone |= written.ended < latest);
             }
         }
     }
 
     /// Whether a crash now may leave this value.
     pub fn allows(&self, sector: u64, value: u64) -> bool {
-        self.sectors[sector as usize].iter().any(|written| written.value == value)
+        self.sectors[sector as usize].iter().any(|written| written.value == value && !written.gone)
     }
 
     /// Whether a read that began at `begun` may find this value.
@@ -104,7 +107,8 @@ impl Oracle {
 
     /// After a crash and a reopening: what is there is the truth.
     pub fn settle(&mut self, sector: u64, value: u64) {
-        self.sectors[sector as usize] = vec![Written { value, begun: 0, ended: 0, perhaps: false }];
+        self.sectors[sector as usize] =
+            vec![Written { value, begun: 0, ended: 0, perhaps: false, gone: false }];
     }
 
     pub fn describe(&self, sector: u64) -> String {
