@@ -22,6 +22,7 @@ fn everything_is_published_with_2_where_we_play_the_script() {
     let host = ready();
     for (name, value) in [
         ("feature-flush-cache", "1"),
+        ("feature-max-indirect-segments", "256"),
         ("max-ring-page-order", "4"),
         ("max-ring-pages", "16"),
         ("multi-queue-max-queues", "4"),
@@ -34,9 +35,7 @@ fn everything_is_published_with_2_where_we_play_the_script() {
     ] {
         assert_eq!(host.be(name), Some(value), "{name}");
     }
-    for name in
-        ["feature-persistent", "feature-discard", "feature-barrier", "feature-max-indirect-segments", "error"]
-    {
+    for name in ["feature-persistent", "feature-discard", "feature-barrier", "error"] {
         assert_eq!(host.be(name), None, "{name}");
     }
     assert_eq!(host.last.unwrap().writes.last().unwrap().0, "state");
