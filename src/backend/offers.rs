@@ -1,15 +1,25 @@
 //! What can be offered at all.
 
-use crate::limits::{QUEUES_MAX, RING_PAGE_ORDER_MAX};
+use rings::Offers;
+
+use crate::limits::{INDIRECT_SEGMENTS, QUEUES_MAX, RING_PAGE_ORDER_MAX};
 use crate::vbd::Features;
 
 /// What the data path serves. What the options ask for beyond it is not offered.
 pub(super) const SERVED: Features = Features {
     ring_page_order_max: RING_PAGE_ORDER_MAX,
     queues_max: QUEUES_MAX,
-    indirect_segments_max: 0,
+    indirect_segments_max: INDIRECT_SEGMENTS,
     persistent: false,
     flush: true,
     barrier: false,
     discard: false,
+};
+
+/// What requests are taken: all that is ever offered, whatever this disk's frontend was told. A predecessor may have told it
+/// more.
+pub(super) const TAKEN: Offers = Offers {
+    indirect_segments: SERVED.indirect_segments_max,
+    barrier: SERVED.barrier,
+    discard: SERVED.discard,
 };

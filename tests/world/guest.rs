@@ -46,6 +46,8 @@ pub struct Habits {
     pub flushes: u64,
     pub flushes_with_data: u64,
     pub odd: u64,
+    /// The disk has fewer sectors than the model: what lies past this must be refused.
+    pub end: Option<u64>,
 }
 
 impl Habits {
@@ -68,6 +70,7 @@ impl Habits {
             flushes: 1,
             flushes_with_data: 1,
             odd: 1,
+            end: None,
         }
     }
 }
@@ -350,6 +353,9 @@ impl SaneGuest {
             Want::Flush { .. } => {}
         }
         let cause = self.cause(pending, model.image, okay, shared);
+        if self.habits.end.is_some_and(|end| pending.count > 0 && pending.sector + pending.count > end) {
+            return if status == -1 { Ok(()) } else { Err("though it lies past the end".to_owned()) };
+        }
         match (status, cause) {
             (0, Some(true)) => Err("though it was made to fail".to_owned()),
             (0, _) | (-1, Some(_)) => Ok(()),
