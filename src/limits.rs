@@ -63,6 +63,10 @@ pub const WORLD_READS_BURST: u32 = 20;
 /// See [`WORLD_READS_BURST`].
 pub const WORLD_READ_INTERVAL: Duration = Duration::from_millis(100);
 
+/// How often the sizes of the open images are looked at while anything happens at all: one system call a disk, so 100 a
+/// second for 1 000 disks. A host at rest is not woken for it.
+pub const SIZES_INTERVAL: Duration = Duration::from_secs(10);
+
 /// Log lines about one disk: 10 at once, then one each 10 seconds; with 1 000 hostile disks 100 lines a second.
 pub const NOTICES_BURST: u32 = 10;
 /// See [`NOTICES_BURST`].

@@ -214,7 +214,16 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
     /// Removes a disk that no queue uses, and closes its image.
     pub fn remove_disk(&mut self, disk: DiskId) {
         if let Some(disk) = self.disks.get_mut(disk.0 as usize).and_then(Option::take) {
-            self.storage.close(disk.file);
+            if disk.file != FileId::NONE {
+                self.storage.close(disk.file);
+            }
+        }
+    }
+
+    /// Tells a disk its new size. Requests past it are refused from now on.
+    pub fn resize_disk(&mut self, disk: DiskId, size_sectors: u64) {
+        if let Some(disk) = self.disk(disk.0) {
+            disk.image = formats::Raw::of_sectors(size_sectors);
         }
     }
 

@@ -308,6 +308,15 @@ impl Storage for LinuxStorage {
         Some((token, result.and_then(|prepared| self.install(path, prepared))))
     }
 
+    fn measure(&mut self, file: FileId) -> Option<u64> {
+        let file = self.files.at(file).filter(|file| !file.closing)?;
+        let size = medium::size_now(&file.fd)?;
+        if size != file.shape.size {
+            file.shape = file.shape.resized(size);
+        }
+        Some(file.shape.size)
+    }
+
     fn close(&mut self, file: FileId) {
         let Some(entry) = self.files.at(file) else { return };
         entry.closing = true;
