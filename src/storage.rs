@@ -209,6 +209,9 @@ pub trait Storage {
     /// Starts all that is queued, with as few system calls as the engine needs.
     fn submit(&mut self);
 
+    /// Gives unused memory back to the system, where there is such a thing.
+    fn trim(&mut self) {}
+
     /// Takes one finished transfer, if there is one. Starts what has to be tried or continued before it says no.
     fn done(&mut self) -> Option<Done>;
 }

@@ -2,7 +2,7 @@
 
 use formats::Raw;
 
-use super::{Backend, OpenImage, Pending, offers};
+use super::{Backend, OpenImage, Pending};
 use crate::hypervisor::Hypervisor;
 use crate::params::Format;
 use crate::pump::DiskPlan;
@@ -11,6 +11,7 @@ use crate::vbd::{self, Address, Geometry, OpenRequest};
 
 /// What an empty drive says of its medium.
 const NOTHING: Opened = Opened {
+    discard: None,
     file: FileId::NONE,
     identity: Identity::Device { number: u64::MAX },
     size_bytes: 0,
@@ -32,7 +33,7 @@ pub struct Measured {
 impl<H: Hypervisor, S: Storage> Backend<H, S> {
     /// A drive without a medium: no sector, and every read fails.
     pub(super) fn open_empty(&mut self, address: Address, request: OpenRequest) {
-        let plan = DiskPlan { offers: offers::TAKEN, ..DiskPlan::new(FileId::NONE, 0, true) };
+        let plan = DiskPlan::new(FileId::NONE, 0, true);
         let disk = self.pump.add_disk(&plan);
         if let Some(device) = self.devices.get_mut(&address) {
             device.image = Some(OpenImage { opened: NOTHING, disk, request });

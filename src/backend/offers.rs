@@ -16,10 +16,12 @@ pub(super) const SERVED: Features = Features {
     discard: true,
 };
 
-/// What requests are taken: all that is ever offered, whatever this disk's frontend was told. A predecessor may have told it
-/// more.
-pub(super) const TAKEN: Offers = Offers {
-    indirect_segments: SERVED.indirect_segments_max,
-    barrier: SERVED.barrier,
-    discard: SERVED.discard,
-};
+/// What requests are taken: all that is ever offered, since a predecessor may have told the frontend more; but discards only
+/// where this disk's administrator lets it.
+pub(super) fn taken(features: &Features) -> Offers {
+    Offers {
+        indirect_segments: SERVED.indirect_segments_max,
+        barrier: SERVED.barrier,
+        discard: features.discard,
+    }
+}

@@ -202,12 +202,6 @@ impl LinuxStorage {
         self.bell.answer();
     }
 
-    /// Gives unused buffers back to the system. Meant for moments without load.
-    pub fn trim(&mut self) {
-        self.pool.trim();
-        self.bounces.trim();
-    }
-
     /// Transfers that went along with another as one, since the storage was made.
     #[must_use]
     pub fn merged(&self) -> u64 {
@@ -355,6 +349,11 @@ impl Storage for LinuxStorage {
             return;
         }
         self.advance(number);
+    }
+
+    fn trim(&mut self) {
+        self.pool.trim();
+        self.bounces.trim();
     }
 
     fn submit(&mut self) {
