@@ -3,7 +3,13 @@
 use std::time::Duration;
 
 /// Pages of the largest ring that is mapped: order 4. One mapping request names them all.
-pub const RING_PAGES_MAX: usize = 16;
+pub const RING_PAGES_MAX: usize = 1 << RING_PAGE_ORDER_MAX;
+/// See [`RING_PAGES_MAX`].
+pub const RING_PAGE_ORDER_MAX: u8 = 4;
+
+/// Queues of one disk. 8 rings of 16 pages for each of 1 000 disks are 128 000 mapped grants, half of what the hypervisor's
+/// map track holds by default (1 024 frames of 256 entries).
+pub const QUEUES_MAX: u8 = 8;
 
 /// Requests that one queue may take before the next queue has its turn: one page's ring, so that a guest with a deeper
 /// ring cannot hold the others up longer than a guest with a plain one.
@@ -19,8 +25,17 @@ pub const EVENT_DELAY_MIN: Duration = Duration::from_millis(1);
 /// See [`EVENT_DELAY_MIN`].
 pub const EVENT_DELAY_MAX: Duration = Duration::from_millis(128);
 
-/// Memory for data in flight, in bytes: 64 MiB hold 1 024 requests of 44 KiB and some more; whoever finds none waits.
+/// Memory for data in flight, in bytes: 64 MiB hold 1 024 requests of 44 KiB and some more, or 63 of 1 MiB; whoever finds
+/// none waits. A guest leaves at least as much free as it holds: one alone has 32 MiB at most, the ring of 32 requests
+/// of 1 MiB; when the disks of `k` guests hang, 64 MiB / (k + 1) stay for the others, 1.3 MiB beside 46 of them.
 pub const DATA_MEMORY_BYTES: usize = 64 << 20;
+
+/// How long the first in line for memory keeps others from passing, before what it waits for counts as hung.
+pub const STARVED_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Segments of an indirect request: 1 MiB of whole pages. One page of descriptors (2 048 bytes) is copied for each in
+/// flight, into data memory; at most eight pieces of 128 KiB hold its data.
+pub const INDIRECT_SEGMENTS: u16 = rings::INDIRECT_SEGMENTS_MAX;
 
 /// Rounds that the pump makes before its caller looks at xenstore and timers again: 8 rounds of 32 requests a queue.
 pub const ROUNDS_PER_TURN: u32 = 8;
