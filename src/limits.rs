@@ -30,6 +30,13 @@ pub const EVENT_DELAY_MAX: Duration = Duration::from_millis(128);
 /// of 1 MiB; when the disks of `k` guests hang, 64 MiB / (k + 1) stay for the others, 1.3 MiB beside 46 of them.
 pub const DATA_MEMORY_BYTES: usize = 64 << 20;
 
+/// Chunks of 2 MiB of files in memory that are mapped at once, all files together: 1 GiB, in 512 pages of page table
+/// (2 MiB) with 88 bytes of books each (44 KiB). What is beyond is read and written by calls.
+pub const MAPPED_CHUNKS_MAX: usize = 512;
+
+/// The largest file in memory that is mapped, in bytes: two bytes of books for each chunk, 64 KiB.
+pub const MAPPED_FILE_BYTES_MAX: u64 = 64 << 30;
+
 /// How long the first in line for memory keeps others from passing, before what it waits for counts as hung.
 pub const STARVED_PATIENCE: Duration = Duration::from_secs(2);
 

@@ -163,6 +163,8 @@ pub struct Pump<H, S> {
     now: Duration,
     events: VecDeque<PumpEvent>,
     scratch: stages::Scratch,
+    /// Inside [`Pump::turn`].
+    turning: bool,
 }
 
 impl<H: Hypervisor, S: Storage> Pump<H, S> {
@@ -187,6 +189,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             now: Duration::ZERO,
             events: VecDeque::new(),
             scratch: stages::Scratch::default(),
+            turning: false,
         }
     }
 

@@ -26,6 +26,8 @@ pub(crate) enum Stage {
     Storage,
     /// A flush without data waits for its `fdatasync`.
     Flush,
+    /// To be copied between the guest's pages and the file's own in this round.
+    Direct,
 }
 
 /// A request between being taken and being answered.
@@ -89,6 +91,8 @@ pub struct Counters {
     pub storage_errors: u64,
     /// Requests answered with an error or as unsupported because of what the guest sent.
     pub refused: u64,
+    /// Requests answered whose data went straight between the guest's pages and the file's.
+    pub direct: u64,
     /// Events that came in.
     pub events: u64,
     /// Events sent to the guest.

@@ -14,6 +14,7 @@ mod calls;
 mod files;
 mod hazards;
 mod legs;
+mod maps;
 mod medium;
 mod requests;
 mod slots;
@@ -144,6 +145,20 @@ pub trait Storage {
 
     /// The memory that transfers may name.
     fn buffers(&mut self) -> &mut Pool;
+
+    /// Where the bytes of a file are that lives in memory, for a grant copy that goes straight there: no transfer, and no
+    /// copy of ours. Only until the second [`Storage::submit`] from now, and only to be named to the hypervisor, whose copy
+    /// fails as a whole if the pages cannot be had any more. `None` where the bytes must go through [`Storage::queue`]: in
+    /// most cases.
+    fn direct(&mut self, file: FileId, kind: IoKind, offset_bytes: u64, length_bytes: u32) -> Option<Span> {
+        let _ = (file, kind, offset_bytes, length_bytes);
+        None
+    }
+
+    /// A copy to or from what [`Storage::direct`] had named failed as a whole: the file is not what it was.
+    fn not_direct(&mut self, file: FileId) {
+        let _ = file;
+    }
 
     /// Queues a transfer; nothing need start before [`Storage::submit`]. Its `Done` may be there at once, without any
     /// descriptor becoming readable: take [`Storage::done`] until it is empty before waiting.

@@ -148,6 +148,7 @@ fn sum(all: impl Iterator<Item = Counters>) -> Counters {
         written_bytes: a.written_bytes + b.written_bytes,
         storage_errors: a.storage_errors + b.storage_errors,
         refused: a.refused + b.refused,
+        direct: a.direct + b.direct,
         events: a.events + b.events,
         notifications: a.notifications + b.notifications,
     })

@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use formats::{Extent, Place, Run};
 use rings::{Segments, Status};
 
 use super::Pump;
@@ -63,6 +64,26 @@ impl Held {
             }
         }
         Some(held)
+    }
+
+    /// Takes `span`, which is no memory of the pool's, for the data.
+    fn borrow(&mut self, span: Span) {
+        let mut at = 0;
+        for piece in &mut self.pieces {
+            let length = PIECE_BYTES.min(span.length_bytes() - at);
+            if length == 0 {
+                return;
+            }
+            *piece = span.part(at, length).unwrap_or(Span::EMPTY);
+            self.count += 1;
+            at += length;
+        }
+    }
+
+    /// Forgets what was borrowed.
+    fn unborrow(&mut self) {
+        self.pieces = [Span::EMPTY; PIECES_MAX];
+        self.count = 0;
     }
 
     /// Gives all of it back.
@@ -165,6 +186,13 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
     /// Finds memory for a request's data and sends it on; without memory it stays starved. Where somebody is first in
     /// line, it waits behind: small requests would take what a large one needs, page by page, for ever.
     pub(super) fn start(&mut self, id: u32, place: u16) {
+        if self.go_direct(id, place) {
+            return;
+        }
+        self.start_buffered(id, place);
+    }
+
+    pub(super) fn start_buffered(&mut self, id: u32, place: u16) {
         let allowed = !self.line_is_blocked();
         if self.try_start(id, place, allowed).is_some()
             && let Some(queue) = self.queue(id)
@@ -218,13 +246,81 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         if descriptors > 0 {
             self.fetch_descriptors(id, place);
         } else {
-            self.move_data(id, place);
+            self.move_buffered(id, place);
         }
         None
     }
 
+    /// Has the data of a request copied straight between the guest's pages and the file's, where the storage has these in
+    /// memory: no transfer, and no memory of ours. False where it must go the usual way.
+    fn go_direct(&mut self, id: u32, place: u16) -> bool {
+        // What is copied must be copied before anybody else can unmap it: in this turn.
+        if !self.turning {
+            return false;
+        }
+        let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return false };
+        let Some(disk) = self.disks.get(queue.disk as usize).and_then(Option::as_ref) else { return false };
+        let guest = queue.guest;
+        let Some(one) = queue.in_flight(place) else { return false };
+        let length = one.request.length_bytes();
+        let described = one.held.descriptors != Span::EMPTY;
+        if length == 0 || (matches!(one.request.segments, Segments::Indirect(_)) && !described) {
+            return false;
+        }
+        let (kind, direction) = match one.request.operation {
+            rings::Operation::Read => (IoKind::Read, CopyDirection::ToGuest),
+            _ => (IoKind::Write, CopyDirection::FromGuest),
+        };
+        let extent = Extent { sector: one.request.sector, sectors: one.request.sectors };
+        let Ok(Run { place: Place::Data { offset_bytes }, .. }) = disk.image.map(extent) else {
+            return false;
+        };
+        let Some(span) = self.storage.direct(disk.file, kind, offset_bytes, length) else { return false };
+        let before = one.held.bytes();
+        one.held.shorten(self.storage.buffers(), 0);
+        self.guests.gives_back(guest, before - one.held.bytes());
+        one.held.borrow(span);
+        one.stage = Stage::Direct;
+        self.queue_copy(id, place, direction);
+        true
+    }
+
+    /// A request's copies are over. True if they were to or from the file itself, whose pages it then has no more.
+    pub(super) fn end_direct(&mut self, id: u32, place: u16) -> bool {
+        let Some(one) = self.queue(id).and_then(|queue| queue.in_flight(place)) else { return false };
+        if one.stage != Stage::Direct {
+            return false;
+        }
+        one.held.unborrow();
+        one.stage = Stage::Storage;
+        true
+    }
+
+    /// The straight way failed, for whatever reason: the usual way tells which, and may do better.
+    pub(super) fn retry_buffered(&mut self, id: u32, place: u16) {
+        let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return };
+        let guest = queue.guest;
+        let Some(one) = queue.in_flight(place) else { return };
+        if one.held.descriptors == Span::EMPTY {
+            return self.start_buffered(id, place);
+        }
+        // Its descriptors are read; they must not be read again.
+        let Some(data) = Held::alloc(self.storage.buffers(), one.request.length_bytes(), 0) else {
+            return self.finish(id, place, Status::Error);
+        };
+        self.guests.holds(guest, data.bytes());
+        one.held = Held { descriptors: one.held.descriptors, ..data };
+        self.move_buffered(id, place);
+    }
+
     /// Starts to move the data of a request that has memory and whose segments are known.
     pub(super) fn move_data(&mut self, id: u32, place: u16) {
+        if !self.go_direct(id, place) {
+            self.move_buffered(id, place);
+        }
+    }
+
+    fn move_buffered(&mut self, id: u32, place: u16) {
         let Some(one) = self.queue(id).and_then(|queue| queue.in_flight(place)) else { return };
         if one.request.operation == rings::Operation::Read {
             self.queue_transfer(id, place, IoKind::Read);

@@ -11,11 +11,12 @@ use super::calls::{self, Job};
 use super::engine::{self, AnyEngine, Engine, EngineChoice, Landed};
 use super::files::{FILES_MAX, File, Files};
 use super::legs::{self, BOUNCE_BYTES};
+use super::maps::{Answer, Mapped, Maps, Wish};
 use super::medium::{self, Path, Prepared};
 use super::slots::{Fifo, Slots};
 use super::workers::{Bell, Workers};
 use super::{Access, Done, FileId, Identity, Io, IoKind, OpenError, Opened, Storage, StorageError};
-use crate::buffers::Pool;
+use crate::buffers::{Pool, Span};
 use crate::images::Roots;
 
 /// Threads that open and close files. A dead file server holds one for each path that is tried; the rest go on.
@@ -105,6 +106,9 @@ pub struct LinuxStorage {
     bell: Arc<Bell>,
     /// Whether a transfer was pushed by us and not on behalf of a caller who is about to submit.
     pub(super) continued: bool,
+    pub(super) maps: Maps,
+    /// Whether anything was asked since [`LinuxStorage::was_busy`] was.
+    busy: bool,
 }
 
 /// Whether the engine should know a file by number. Not a device: the kernel lets go of registered files late, and the claim
@@ -169,6 +173,8 @@ impl LinuxStorage {
             helpers,
             bell,
             continued: false,
+            maps: Maps::default(),
+            busy: false,
         })
     }
 
@@ -190,10 +196,34 @@ impl LinuxStorage {
         self.bell.answer();
     }
 
-    /// Gives unused buffers back to the system. Meant for moments without load.
+    /// Gives unused buffers and all mappings of files back to the system. Meant for moments without load, between two
+    /// turns of the pump.
     pub fn trim(&mut self) {
         self.pool.trim();
         self.bounces.trim();
+        for file in self.files.all() {
+            self.maps.unmap(&mut file.mapped);
+        }
+        self.maps.forget_all();
+    }
+
+    /// Whether there was any request since the last call of this.
+    pub fn was_busy(&mut self) -> bool {
+        std::mem::take(&mut self.busy) || self.slots.used() > 0
+    }
+
+    /// Bytes of a file are about to be given back to its file system: they are not to be reached through a mapping, which
+    /// would allocate them again.
+    pub fn punched(&mut self, file: FileId, offset_bytes: u64, length_bytes: u64) {
+        if let Some(file) = self.files.at(file) {
+            self.maps.punched(&file.mapped, offset_bytes, length_bytes);
+        }
+    }
+
+    /// Memory in page tables for mapped files at most, in bytes.
+    #[must_use]
+    pub fn page_tables_bytes(&self) -> usize {
+        self.maps.in_use() * 4096
     }
 
     /// Requests queued and not yet finished.
@@ -237,7 +267,8 @@ impl LinuxStorage {
 
     /// Gives a file that nobody uses any more to the threads, since `close` may wait for a file server.
     pub(super) fn put_away(&mut self, file: FileId) {
-        let Some(file) = self.files.remove(file) else { return };
+        let Some(mut file) = self.files.remove(file) else { return };
+        self.maps.unmap(&mut file.mapped);
         if let Some(index) = file.attached {
             self.engine.detach(index);
         }
@@ -303,7 +334,39 @@ impl Storage for LinuxStorage {
     }
 
     #[inline]
+    fn direct(&mut self, id: FileId, kind: IoKind, offset: u64, length: u32) -> Option<Span> {
+        self.busy = true;
+        let file = self.files.at(id)?;
+        let refused = file.closing || (kind == IoKind::Write && file.access == Access::ReadOnly);
+        if file.path != Path::Memory || refused || length == 0 {
+            return None;
+        }
+        let writable = file.access != Access::ReadOnly;
+        let (fd, size) = (file.fd.as_fd(), file.shape.size);
+        let wish = Wish { place: Files::place(id), fd, size, writable, offset, length };
+        match self.maps.find(&mut file.mapped, &wish) {
+            Answer::Here(span) => Some(span),
+            Answer::No => None,
+            Answer::After((place, number)) => {
+                let other = self.files.in_place(place)?;
+                self.maps.give_up(&mut other.mapped, other.fd.as_fd(), number);
+                None
+            }
+        }
+    }
+
+    fn not_direct(&mut self, file: FileId) {
+        let Some(entry) = self.files.at(file) else { return };
+        self.maps.unmap(&mut entry.mapped);
+        entry.mapped = Mapped::Never;
+        if !std::mem::replace(&mut entry.warned, true) {
+            log::warn!("image {:?} cannot be mapped any more: was the file cut short?", entry.identity);
+        }
+    }
+
+    #[inline]
     fn queue(&mut self, io: Io) {
+        self.busy = true;
         let Some(file) = self.files.at(io.file) else {
             return self.end(io.token, Err(StorageError::Os(libc::EBADF)));
         };
@@ -328,6 +391,7 @@ impl Storage for LinuxStorage {
     }
 
     fn submit(&mut self) {
+        self.maps.next_turn();
         self.continued = false;
         let mut all = self.engine.submit();
         while all && !self.unpushed.is_empty() {

@@ -5,11 +5,10 @@
 //! known to be allocated are named: a page fault on a hole would allocate it for a mere read, and would meet a full file
 //! system without an `ENOSPC` to tell. `docs/design/storage.md` has the rules.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 
 use rustix::mm::{MapFlags, ProtFlags};
 
-use super::IoKind;
 use crate::buffers::Span;
 use crate::limits::{MAPPED_CHUNKS_MAX, MAPPED_FILE_BYTES_MAX};
 
@@ -18,6 +17,10 @@ const CHUNK_BYTES: u64 = 2 << 20;
 const PAGE_BYTES: u64 = 4096;
 const PAGES: usize = (CHUNK_BYTES / PAGE_BYTES) as usize;
 const WORDS: usize = PAGES / 64;
+
+/// `statfs` number of tmpfs (`linux/magic.h`). Of the file systems in memory it is the one that tells holes from pages and
+/// maps them in pages of 4 KiB.
+const TMPFS_MAGIC: i64 = 0x0102_1994;
 
 /// Misses after which the kernel is asked again which pages of a chunk are there, and after which a chunk takes the place
 /// of another when all places are taken: so neither costs more than a small part of the transfers that miss.
@@ -54,7 +57,8 @@ impl Mapping {
     /// Maps `file`, `size` bytes long. `None` when it is too small or too large, or the system does not want to.
     fn new(file: BorrowedFd<'_>, size: u64, writable: bool) -> Option<Mapping> {
         let length = size - size % PAGE_BYTES;
-        if length == 0 || length > MAPPED_FILE_BYTES_MAX {
+        let is_tmpfs = rustix::fs::fstatfs(file).is_ok_and(|stat| stat.f_type & 0xffff_ffff == TMPFS_MAGIC);
+        if length == 0 || length > MAPPED_FILE_BYTES_MAX || !is_tmpfs {
             return None;
         }
         let bytes = usize::try_from(length).ok()?;
@@ -156,7 +160,6 @@ pub(super) struct Wish<'a> {
     pub fd: BorrowedFd<'a>,
     pub size: u64,
     pub writable: bool,
-    pub kind: IoKind,
     pub offset: u64,
     pub length: u32,
 }
@@ -188,7 +191,8 @@ impl Maps {
             *mapped = Mapping::new(wish.fd, wish.size, wish.writable).map_or(Mapped::Never, Mapped::Yes);
         }
         let Mapped::Yes(mapping) = mapped else { return Answer::No };
-        let Some(end) = wish.offset.checked_add(wish.length.into()).filter(|end| *end <= mapping.length) else {
+        let Some(end) = wish.offset.checked_add(wish.length.into()).filter(|end| *end <= mapping.length)
+        else {
             return Answer::No;
         };
         let (Ok(first), Ok(last)) =
@@ -345,7 +349,9 @@ impl Chunk {
     /// Whether all pages of `from..to`, bytes of the chunk, are known to be there.
     fn has(&self, from: u64, to: u64) -> bool {
         let mut all = true;
-        each_word(from, to, |word, mask| all &= self.present.get(word).is_some_and(|word| word & mask == mask));
+        each_word(from, to, |word, mask| {
+            all &= self.present.get(word).is_some_and(|word| word & mask == mask)
+        });
         all
     }
 

@@ -231,6 +231,8 @@ pub fn sane_world(seed: u64, requests: u32) -> World {
     // The smallest arena holds one chunk: 256 pages, 23 of the largest requests.
     let mut world = World::new(seed, 1 << 20);
     let shared = world.shared.clone();
+    // Images in memory, in two of three worlds; now and then they cannot be reached.
+    shared.direct.set([(0, 0), (512, 20), (1024, 100)][shared.index(3)]);
     let guests = 1 + shared.below(3);
     for n in 0..guests {
         let sectors = 200 + shared.index(300);

@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
 
-use vbdd::buffers::Pool;
+use vbdd::buffers::{Pool, Span};
 use vbdd::storage::{Access, Done, FileId, Identity, Io, IoKind, OpenError, Opened, Storage, StorageError};
 
 use super::model::sector_bytes;
@@ -69,6 +69,8 @@ pub struct Media {
     pub flush_failed: Vec<usize>,
     /// Transfers started since the world began.
     pub transfers: u64,
+    /// Sectors of images that a grant copy may just have written: image, first, count.
+    direct: Vec<(usize, usize, usize)>,
     /// The next transfer of this kind never ends.
     pub hang_next: Option<IoKind>,
 }
@@ -90,6 +92,29 @@ impl Media {
         self.images.len() - 1
     }
 
+    /// True for an address in an image's own memory.
+    pub fn holds(&self, address: *const u8) -> bool {
+        self.images.iter().any(|image| image.visible.as_flattened().as_ptr_range().contains(&address))
+    }
+
+    /// Grant copies were made, some perhaps straight to images: what is visible there now is a version of its own, and such
+    /// a write is finished for every flush from now on.
+    pub fn copied(&mut self, is_local: &dyn Fn(*const u8) -> bool) {
+        for (image, first, count) in self.direct.clone() {
+            let image = &mut self.images[image];
+            if !(first..first + count).any(|sector| is_local(image.visible[sector].as_ptr())) {
+                continue;
+            }
+            self.numbers += 1;
+            for sector in first..first + count {
+                let version = Version { write: self.numbers, bytes: image.visible[sector] };
+                image.cached.entry(sector).or_default().push(version);
+            }
+            image.taken.insert(self.numbers);
+            image.taken_last = self.numbers;
+        }
+    }
+
     /// When the next transfer is done, if any ever is.
     pub fn next_due(&self) -> Option<u64> {
         self.running.iter().map(|one| one.due_us).filter(|due| *due != u64::MAX).min()
@@ -107,6 +132,8 @@ impl Media {
     /// The process is gone. What the kernel had begun is done, in part, or never; it is over before a successor opens
     /// the image.
     pub fn process_died(&mut self, chance: &mut dyn FnMut() -> bool) {
+        self.copied(&|_| true);
+        self.direct.clear();
         self.queued.clear();
         for one in std::mem::take(&mut self.running) {
             for n in 0..one.data.len() / SECTOR {
@@ -125,6 +152,8 @@ impl Media {
     /// The host loses power: of each sector any version survives that was not older than the last that a flush made
     /// durable; `torn` mixes two of them.
     pub fn power_loss(&mut self, torn: bool, pick: &mut dyn FnMut(usize) -> usize) {
+        self.copied(&|_| true);
+        self.direct.clear();
         self.queued.clear();
         for one in std::mem::take(&mut self.running) {
             for n in 0..one.data.len() / SECTOR {
@@ -337,6 +366,32 @@ impl Storage for SimStorage {
         &mut self.pool
     }
 
+    fn direct(&mut self, file: FileId, kind: IoKind, offset_bytes: u64, length_bytes: u32) -> Option<Span> {
+        if !self.shared.strikes(self.shared.direct.get().0) {
+            return None;
+        }
+        let image = self.files.get(file.0 as usize).copied().flatten()?;
+        let mut media = self.shared.media.borrow_mut();
+        let (first, count) = (offset_bytes as usize / SECTOR, length_bytes as usize / SECTOR);
+        let opened = &mut media.images[image];
+        let bytes = opened.visible.get_mut(first..first + count)?.as_flattened_mut();
+        // SAFETY: an image's sectors stay where they are for the life of the world; who copies to or from them does so
+        // alone, on this thread.
+        let span = unsafe { Span::foreign(bytes.as_mut_ptr(), length_bytes) };
+        if kind == IoKind::Write {
+            if opened.read_only {
+                return None;
+            }
+            media.direct.push((image, first, count));
+        }
+        self.shared.note("direct", offset_bytes, length_bytes.into());
+        Some(span)
+    }
+
+    fn not_direct(&mut self, file: FileId) {
+        self.shared.note("not direct", file.0.into(), 0);
+    }
+
     fn queue(&mut self, io: Io) {
         self.shared.point("queue", io.offset_bytes, io.span.length_bytes().into());
         let Some(image) = self.files.get(io.file.0 as usize).copied().flatten() else {
@@ -367,6 +422,7 @@ impl Storage for SimStorage {
     }
 
     fn submit(&mut self) {
+        self.shared.media.borrow_mut().direct.clear();
         self.shared.point("submit", 0, 0);
         let (faults, now) = (self.shared.faults.get(), self.shared.clock.now_us());
         let mut media = self.shared.media.borrow_mut();
