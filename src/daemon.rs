@@ -132,6 +132,7 @@ impl Daemon {
         info!("serving {} as domain {own_domain}, {place:?}", options.kinds.join(", "));
         let mut vbd = Config::new(own_domain, place);
         vbd.terms.default_abi = options.default_abi;
+        vbd.terms.offered.persistent = options.persistent_grants;
         let kinds = options.kinds.iter().filter_map(|name| Kind::from_name(name)).collect();
         let assume_clean = options.assume_clean;
         let options = Options { kinds, vbd };

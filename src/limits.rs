@@ -15,6 +15,17 @@ pub const QUEUES_MAX: u8 = 8;
 /// ring cannot hold the others up longer than a guest with a plain one.
 pub const REQUESTS_PER_TURN: u32 = 32;
 
+/// The queues of one guest share [`REQUESTS_PER_TURN`], but each takes at least this many, so that batches stay batches.
+pub const REQUESTS_PER_TURN_MIN: u32 = 8;
+
+/// Data of the requests that one queue takes at a time, in bytes: what 32 requests of a plain ring can name (32 × 44 KiB).
+/// The request that passes it is the last, so 1 MiB more at most.
+pub const BYTES_PER_TURN: u32 = 32 * 44 * 1024;
+
+/// Segments that are copied to guests at a time, at 4 KiB each: 4 MiB, and one request more. Reads that have more data
+/// ready wait for the next round, so that a guest's large reads do not hold up the small ones of another.
+pub const COLLECT_SEGMENTS: usize = 1024;
+
 /// Events without work that are let through at once. Honest frontends cause a few: a request that was found by the last
 /// look at the ring has sent its event too.
 pub const IDLE_EVENTS_FREE: u32 = 4;
@@ -29,6 +40,13 @@ pub const EVENT_DELAY_MAX: Duration = Duration::from_millis(128);
 /// none waits. A guest leaves at least as much free as it holds: one alone has 32 MiB at most, the ring of 32 requests
 /// of 1 MiB; when the disks of `k` guests hang, 64 MiB / (k + 1) stay for the others, 1.3 MiB beside 46 of them.
 pub const DATA_MEMORY_BYTES: usize = 64 << 20;
+
+/// Pages of one queue that stay mapped: what a Linux frontend keeps for a ring of 32 requests of 32 pages and some more.
+/// 100 bytes of books each.
+pub const GRANTS_PER_QUEUE_MAX: usize = 1056;
+
+/// Pages of all guests that stay mapped: each is a mapping of its own, of which Linux allows a process 65 530.
+pub const GRANTS_MAX: usize = 16_384;
 
 /// Chunks of 2 MiB of files in memory that are mapped at once, all files together: 1 GiB, in 512 pages of page table
 /// (2 MiB) with 88 bytes of books each (44 KiB). What is beyond is read and written by calls.

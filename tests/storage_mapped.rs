@@ -30,7 +30,7 @@ impl Guest {
     }
 
     /// The guest writes: `bytes` are copied to `span`.
-    fn into(&self, span: Span, bytes: &[u8]) -> rustix::io::Result<()> {
+    fn writes(&self, span: Span, bytes: &[u8]) -> rustix::io::Result<()> {
         self.0.write_all_at(bytes, 0).unwrap();
         assert_eq!(span.length_bytes() as usize, bytes.len());
         // SAFETY: only the kernel writes there, and answers EFAULT where it cannot.
@@ -40,7 +40,7 @@ impl Guest {
     }
 
     /// The guest reads: the bytes of `span`.
-    fn from(&self, span: Span) -> rustix::io::Result<Vec<u8>> {
+    fn reads(&self, span: Span) -> rustix::io::Result<Vec<u8>> {
         // SAFETY: only the kernel reads there.
         let source = unsafe { std::slice::from_raw_parts(span.address(), span.length_bytes() as usize) };
         let moved = rustix::io::pwrite(self.0.as_fd(), source, 0)?;
@@ -65,13 +65,15 @@ fn written_bytes_are_reached_both_ways() {
     let path = directory.file("image", &bytes);
     let (mut rig, guest) = (rig(&directory), Guest::new(&directory));
     let file = rig.open(&path, Access::ReadWrite).unwrap().file;
-    for (offset, length) in [(0, 4096), (512, 4096), (4608, 1024), (CHUNK - 512, 1024), (CHUNK - 4096, 1 << 20)] {
+    for (offset, length) in
+        [(0, 4096), (512, 4096), (4608, 1024), (CHUNK - 512, 1024), (CHUNK - 4096, 1 << 20)]
+    {
         let span = direct(&mut rig, file, IoKind::Read, offset, length).unwrap();
         let from = offset as usize;
-        assert_eq!(guest.from(span).unwrap(), bytes[from..from + length], "{offset} {length}");
+        assert_eq!(guest.reads(span).unwrap(), bytes[from..from + length], "{offset} {length}");
         let new: Vec<u8> = (0..length).map(|at| (at * 7 + from) as u8).collect();
         let span = direct(&mut rig, file, IoKind::Write, offset, length).unwrap();
-        guest.into(span, &new).unwrap();
+        guest.writes(span, &new).unwrap();
         assert_eq!(rig.read(file, offset, length).unwrap(), new);
         rig.write(file, offset, &bytes[from..from + length]).unwrap();
     }
@@ -120,11 +122,13 @@ fn holes_are_read_without_being_filled() {
     rig.write(file, 512, &[5; 512]).unwrap();
     assert_eq!(blocks(&path), 8);
     let span = direct(&mut rig, file, IoKind::Read, 0, 4096).unwrap();
-    assert_eq!(guest.from(span).unwrap()[512..1024], [5; 512]);
+    assert_eq!(guest.reads(span).unwrap()[512..1024], [5; 512]);
     assert!(direct(&mut rig, file, IoKind::Read, 0, 4608).is_none());
     assert_eq!(blocks(&path), 8);
     // What was given back is a hole again.
-    rig.storage.punched(file, 0, 4096);
+    let token = rig.queue(file, IoKind::Discard { length_bytes: 4096 }, 0, Span::EMPTY);
+    rig.finish(token).unwrap();
+    assert_eq!(blocks(&path), 0);
     assert!(direct(&mut rig, file, IoKind::Read, 0, 512).is_none());
     // What others have filled is found after a while.
     let other = File::options().write(true).open(&path).unwrap();
@@ -142,9 +146,9 @@ fn a_file_cut_short_is_an_error_of_the_copy_and_no_signal() {
     assert!(direct(&mut rig, file, IoKind::Read, 32 << 10, 4096).is_some());
     File::options().write(true).open(&path).unwrap().set_len(16 << 10).unwrap();
     let span = direct(&mut rig, file, IoKind::Read, 32 << 10, 4096).unwrap();
-    assert_eq!(guest.from(span), Err(rustix::io::Errno::FAULT));
+    assert_eq!(guest.reads(span), Err(rustix::io::Errno::FAULT));
     let span = direct(&mut rig, file, IoKind::Write, 32 << 10, 4096).unwrap();
-    assert_eq!(guest.into(span, &[1; 4096]), Err(rustix::io::Errno::FAULT));
+    assert_eq!(guest.writes(span, &[1; 4096]), Err(rustix::io::Errno::FAULT));
     rig.storage.not_direct(file);
     assert!(direct(&mut rig, file, IoKind::Read, 0, 4096).is_none());
     assert!(rig.read(file, 32 << 10, 4096).is_err());
@@ -168,7 +172,7 @@ fn mappings_are_bounded_and_given_back() {
     for turn in 0..40_000 {
         let chunk = if turn < chunks { turn } else { dice.below(chunks) };
         if let Some(span) = direct(&mut rig, file, IoKind::Read, chunk * CHUNK, 512) {
-            assert_eq!(guest.from(span).unwrap()[..8], chunk.to_le_bytes());
+            assert_eq!(guest.reads(span).unwrap()[..8], chunk.to_le_bytes());
             hits += 1;
             late += u64::from(turn > chunks && chunk >= MAPPED_CHUNKS_MAX as u64);
         }
@@ -180,7 +184,7 @@ fn mappings_are_bounded_and_given_back() {
     rig.storage.trim();
     assert_eq!(rig.storage.page_tables_bytes(), 0);
     let span = direct(&mut rig, file, IoKind::Read, 5 * CHUNK, 512).unwrap();
-    assert_eq!(guest.from(span).unwrap()[..8], 5_u64.to_le_bytes());
+    assert_eq!(guest.reads(span).unwrap()[..8], 5_u64.to_le_bytes());
     rig.storage.close(file);
     assert_eq!(rig.storage.page_tables_bytes(), 0);
 }

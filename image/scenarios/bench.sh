@@ -30,7 +30,7 @@ case " $FLAVOURS " in *" vbdd3 "*) ;; *) exit 0 ;; esac
 POLL=1
 LOOK_MS=500
 pid=$(cat /run/vbdd.pid)
-for letter in e f g h i j k; do
+for letter in f g h i j k l; do
   truncate -s 8M "/srv/images/idle-$letter.img"
   plug guest "xvd$letter" vbdd3 dom0 w "/srv/images/idle-$letter.img" || failed "attaching"
   connected guest "xvd$letter" || failed "connecting"

@@ -19,6 +19,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
             let error = ConnectError::Failed("no image is open".to_owned());
             return self.connect_ended(address, Err(error));
         };
+        self.pump.set_terms(disk, super::offers::taken(&plan.terms.offered), plan.terms.in_order);
         let mut refused = None;
         for (which, ring) in plan.rings.iter().enumerate() {
             let attached = self.attach_all(address, disk, &plan, ring);
@@ -82,7 +83,12 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
                 journal: format!("{}-{}-{}-{number}", address.kind.name(), address.frontend, address.devid),
             };
             match self.pump.attach(disk, &one) {
-                Ok(queue) => queues.push(queue),
+                Ok(queue) => {
+                    if ring.persistent {
+                        self.pump.keep_grants(queue);
+                    }
+                    queues.push(queue);
+                }
                 Err(error) => return Err(Partial { queues, error: connect_error(error) }),
             }
         }

@@ -20,6 +20,7 @@ Usage: vbdd serve --kind KIND --root DIR [OPTIONS]
   --engine ENGINE       auto, uring or aio: how images are read and written (auto)
   --place PLACE         auto, dom0 or driver-domain: who cleans up after an unplug (auto: dom0 if this domain is 0)
   --default-abi ABI     x86_64, x86_32 or arm: for a frontend that does not name its ABI (x86_64)
+  --persistent-grants   offer frontends to keep their pages mapped; slower for vbdd than copying, see docs/performance.md
   --state-dir DIR       where live rings are written down for the next vbdd (/run/vbdd)
   --assume-clean        take over rings that no journal tells of, as the last vbdd was stopped with SIGTERM
   --xenstore PATH       the socket or device of xenstore (found by itself)
@@ -55,6 +56,8 @@ pub struct ServeOptions {
     pub place: PlaceOption,
     /// For frontends that name none.
     pub default_abi: Abi,
+    /// Frontends are offered to keep their pages granted.
+    pub persistent_grants: bool,
     /// Where the journals of live rings are.
     pub state_dir: PathBuf,
     /// Rings without a journal were left with everything answered.
@@ -73,6 +76,7 @@ pub(super) fn parse(parser: &mut Parser) -> Result<Option<ServeOptions>, Error> 
         engine: EngineChoice::Auto,
         place: PlaceOption::Auto,
         default_abi: Abi::X86_64,
+        persistent_grants: false,
         state_dir: PathBuf::from("/run/vbdd"),
         assume_clean: false,
         xenstore: None,
@@ -112,6 +116,7 @@ pub(super) fn parse(parser: &mut Parser) -> Result<Option<ServeOptions>, Error> 
                 options.default_abi = one_of(parser, "--default-abi", &abis)?;
             }
             Long("state-dir") => options.state_dir = path(parser)?,
+            Long("persistent-grants") => options.persistent_grants = true,
             Long("assume-clean") => options.assume_clean = true,
             Long("xenstore") => options.xenstore = Some(path(parser)?),
             Long("log-level") => {

@@ -9,16 +9,16 @@ use formats::{Extent, Place, Run};
 use rings::{Segments, Status};
 
 use super::Pump;
-use crate::buffers::{Pool, SPAN_BYTES_MAX, Span};
+use crate::buffers::{PAGE_BYTES, Pool, SPAN_BYTES_MAX, Span};
 use crate::hypervisor::{CopyDirection, DomainId, Hypervisor};
 use crate::limits::STARVED_PATIENCE;
 use crate::queue::Stage;
 use crate::storage::{IoKind, Storage};
 
-/// Length of all pieces but the last, in bytes.
+/// Longest piece, in bytes; shorter ones, of whole pages, are taken where no such run is free.
 pub(crate) const PIECE_BYTES: u32 = 128 << 10;
 
-/// Pieces of the longest request.
+/// Most pieces of a request.
 const PIECES_MAX: usize = 8;
 
 const _: () = assert!(PIECE_BYTES as usize * PIECES_MAX >= rings::INDIRECT_SEGMENTS_MAX as usize * 4096);
@@ -42,17 +42,13 @@ impl Held {
         let mut held = Held::NONE;
         let mut left = length;
         while left > 0 {
-            let part = left.min(PIECE_BYTES);
-            match (pool.alloc(part), held.pieces.get_mut(usize::from(held.count))) {
-                (Some(span), Some(piece)) => *piece = span,
-                (span, _) => {
-                    span.map(|span| pool.free(span));
-                    held.free(pool);
-                    return None;
-                }
-            }
-            held.count += 1;
-            left -= part;
+            let span = held.pieces.get(usize::from(held.count)).and_then(|_| piece(pool, left));
+            let Some(span) = span else {
+                held.free(pool);
+                return None;
+            };
+            held.push(span);
+            left -= span.length_bytes();
         }
         if descriptors > 0 {
             match pool.alloc(descriptors) {
@@ -69,14 +65,12 @@ impl Held {
     /// Takes `span`, which is no memory of the pool's, for the data.
     fn borrow(&mut self, span: Span) {
         let mut at = 0;
-        for piece in &mut self.pieces {
-            let length = PIECE_BYTES.min(span.length_bytes() - at);
-            if length == 0 {
+        while let Some(piece) = span.part(at, PIECE_BYTES.min(span.length_bytes() - at)) {
+            if piece.length_bytes() == 0 {
                 return;
             }
-            *piece = span.part(at, length).unwrap_or(Span::EMPTY);
-            self.count += 1;
-            at += length;
+            self.push(piece);
+            at += piece.length_bytes();
         }
     }
 
@@ -84,6 +78,13 @@ impl Held {
     fn unborrow(&mut self) {
         self.pieces = [Span::EMPTY; PIECES_MAX];
         self.count = 0;
+    }
+
+    fn push(&mut self, span: Span) {
+        if let Some(piece) = self.pieces.get_mut(usize::from(self.count)) {
+            *piece = span;
+            self.count += 1;
+        }
     }
 
     /// Gives all of it back.
@@ -97,25 +98,49 @@ impl Held {
 
     /// Gives back the pieces that `length` bytes do not need.
     fn shorten(&mut self, pool: &mut Pool, length: u32) {
-        while u32::from(self.count.saturating_sub(1)) * PIECE_BYTES >= length && self.count > 0 {
-            self.count -= 1;
-            if let Some(piece) = self.pieces.get_mut(usize::from(self.count)) {
+        let mut at = 0;
+        let (pieces, _) = self.pieces.split_at_mut(self.count.into());
+        for piece in pieces {
+            let end = at + piece.length_bytes();
+            if at >= length {
                 pool.free(std::mem::replace(piece, Span::EMPTY));
+                self.count -= 1;
             }
+            at = end;
         }
     }
 
     /// What of `length` bytes from `at` on lies in one piece; `None` past the end.
     pub(crate) fn part(&self, at: u32, length: u32) -> Option<Span> {
-        let (piece, from) = (at / PIECE_BYTES, at % PIECE_BYTES);
-        let span = self.pieces.get(piece as usize).filter(|_| piece < self.count.into())?;
-        span.part(from, length.min(PIECE_BYTES - from))
+        let mut from = at;
+        for piece in self.pieces.iter().take(self.count.into()) {
+            let room = piece.length_bytes();
+            if from < room {
+                return piece.part(from, length.min(room - from));
+            }
+            from -= room;
+        }
+        None
     }
 
     /// What the pool counts for it, in bytes.
     fn bytes(&self) -> u64 {
         let spans = self.pieces.iter().chain([&self.descriptors]);
         spans.map(|span| u64::from(span.length_bytes()).next_multiple_of(4096)).sum()
+    }
+}
+
+/// The longest piece that can be had for `left` bytes.
+fn piece(pool: &mut Pool, left: u32) -> Option<Span> {
+    let mut length = left.min(PIECE_BYTES);
+    loop {
+        if let Some(span) = pool.alloc(length) {
+            return Some(span);
+        }
+        if length <= PAGE_BYTES {
+            return None;
+        }
+        length = (length / 2).next_multiple_of(PAGE_BYTES);
     }
 }
 
@@ -152,6 +177,11 @@ impl Guests {
         }
     }
 
+    /// How many queues the guest has.
+    pub(super) fn queues(&self, guest: u32) -> u32 {
+        self.0.get(guest as usize).map_or(0, |guest| guest.queues)
+    }
+
     /// True if the guest may hold `wanted` bytes more of the `free` ones: whoever holds some leaves at least as much free
     /// as it then holds. So a guest whose disk hangs takes a part of what the others left, never all; see
     /// `limits::DATA_MEMORY_BYTES`.
@@ -186,7 +216,11 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
     /// Finds memory for a request's data and sends it on; without memory it stays starved. Where somebody is first in
     /// line, it waits behind: small requests would take what a large one needs, page by page, for ever.
     pub(super) fn start(&mut self, id: u32, place: u16) {
-        if self.go_direct(id, place) {
+        let is_described = self
+            .queue(id)
+            .and_then(|queue| queue.in_flight(place))
+            .is_some_and(|one| matches!(one.request.segments, Segments::Direct(_)));
+        if is_described && (self.go_mapped(id, place) || self.go_direct(id, place)) {
             return;
         }
         self.start_buffered(id, place);
@@ -263,13 +297,14 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         let guest = queue.guest;
         let Some(one) = queue.in_flight(place) else { return false };
         let length = one.request.length_bytes();
-        let described = one.held.descriptors != Span::EMPTY;
-        if length == 0 || (matches!(one.request.segments, Segments::Indirect(_)) && !described) {
+        if length == 0 {
             return false;
         }
         let (kind, direction) = match one.request.operation {
             rings::Operation::Read => (IoKind::Read, CopyDirection::ToGuest),
-            _ => (IoKind::Write, CopyDirection::FromGuest),
+            rings::Operation::Write => (IoKind::Write, CopyDirection::FromGuest),
+            // More than the data has to be done in order.
+            _ => return false,
         };
         let extent = Extent { sector: one.request.sector, sectors: one.request.sectors };
         let Ok(Run { place: Place::Data { offset_bytes }, .. }) = disk.image.map(extent) else {
@@ -315,7 +350,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
 
     /// Starts to move the data of a request that has memory and whose segments are known.
     pub(super) fn move_data(&mut self, id: u32, place: u16) {
-        if !self.go_direct(id, place) {
+        if !self.go_mapped(id, place) && !self.go_direct(id, place) {
             self.move_buffered(id, place);
         }
     }

@@ -7,7 +7,7 @@
 
 use std::os::fd::BorrowedFd;
 
-use rustix::mm::{MapFlags, ProtFlags};
+use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 use crate::buffers::Span;
 use crate::limits::{MAPPED_CHUNKS_MAX, MAPPED_FILE_BYTES_MAX};
@@ -26,11 +26,19 @@ const TMPFS_MAGIC: i64 = 0x0102_1994;
 /// of another when all places are taken: so neither costs more than a small part of the transfers that miss.
 const PATIENCE: u8 = 64;
 
+/// Pages that one fault of a read maps at once (Linux's `fault_around_bytes`); a fault of a write maps one.
+const BLOCK_PAGES: u64 = 16;
+
+const BLOCK_BYTES: u64 = BLOCK_PAGES * PAGE_BYTES;
+const _: () = assert!(CHUNK_BYTES / BLOCK_BYTES == 32);
+
 /// A chunk that may have page tables.
 #[derive(Clone, Copy, Debug)]
 struct Chunk {
     /// Pages known to be allocated.
     present: [u64; WORDS],
+    /// Blocks of [`BLOCK_PAGES`] that were asked for: their pages are mapped, or will be by the copy's own faults.
+    touched: u32,
     /// Whose it is: the file's place in the table of files, and its number in that file. `None` when it is free.
     owner: Option<(u32, u32)>,
     /// Turn in which it was last handed out.
@@ -40,7 +48,8 @@ struct Chunk {
     misses: u8,
 }
 
-const FREE: Chunk = Chunk { present: [0; WORDS], owner: None, used_in: 0, recent: false, misses: 0 };
+const FREE: Chunk =
+    Chunk { present: [0; WORDS], touched: 0, owner: None, used_in: 0, recent: false, misses: 0 };
 
 /// A file's mapping. It covers the whole pages that the file had when it was made, for as long as it lives; giving up a
 /// chunk only drops page tables.
@@ -160,6 +169,8 @@ pub(super) struct Wish<'a> {
     pub fd: BorrowedFd<'a>,
     pub size: u64,
     pub writable: bool,
+    /// The copy will write there.
+    pub writes: bool,
     pub offset: u64,
     pub length: u32,
 }
@@ -216,6 +227,7 @@ impl Maps {
                 chunk.miss(mapping, number);
                 return Answer::No;
             }
+            chunk.touch(mapping, number, from / BLOCK_BYTES, (to - 1) / BLOCK_BYTES, wish.writes);
             chunk.used_in = self.turn;
             chunk.recent = true;
         }
@@ -353,6 +365,27 @@ impl Chunk {
             all &= self.present.get(word).is_some_and(|word| word & mask == mask)
         });
         all
+    }
+
+    /// Sees to it that writes to the blocks `first..=last` need no page fault for every page.
+    fn touch(&mut self, mapping: &Mapping, number: u32, first: u64, last: u64, writes: bool) {
+        for block in first..=last {
+            let bit = 1_u32 << (block % 32);
+            if self.touched & bit != 0 {
+                continue;
+            }
+            self.touched |= bit;
+            let (from, to) = (block * BLOCK_BYTES, (block + 1) * BLOCK_BYTES);
+            // A hole in it would be filled. Where the call does not exist (before Linux 5.14) there are faults.
+            if writes && self.has(from, to) {
+                let offset = u64::from(number) * CHUNK_BYTES + from;
+                let address = mapping.base + usize::try_from(offset).unwrap_or(0);
+                // SAFETY: whole pages of our mapping, all within the file as it was when it was mapped; no content changes.
+                let _ = unsafe {
+                    rustix::mm::madvise(address as *mut _, BLOCK_BYTES as usize, Advice::LinuxPopulateRead)
+                };
+            }
+        }
     }
 
     /// A page was asked for that is not known to be there: it may have come by other ways.
