@@ -197,13 +197,14 @@ test_xl_destroy() {
   done
   absent "/libxl/$id" || fail "libxl keeps /libxl/$id"
   wait_for not_held k-x1 || fail "vbdd keeps the dead guest's images open"
+  wait_for on storage "! losetup -a | grep k-x1" || fail "xl devd's script could not take its loop devices away: $(on storage "losetup -a")"
   [ "$(on storage "ls /proc/\$(pidof vbdd)/fd | wc -l")" -lt "$fds" ] || fail "vbdd has as many files open as with the guest"
 }
 
 # "xl devd" beside vbdd, with Debian's own scripts: it runs "block" for each vbd, which makes a loop device nobody reads; and it
 # removes directories as vbdd does. Also with script=block-vbdd, which does nothing of the kind.
 test_xl_devd() {
-  local file loops
+  local file words
   on storage "mkdir -p /run/lock /run/xen /var/lib/xen /var/log/xen; insmod /lib/vbdd/peer/loop.ko 2>/dev/null"
   on storage "xl devd -F >/tmp/devd.log 2>&1 & echo \$! >/run/devd.pid"
   wait_for on storage "pidof xl" || fail "xl devd does not run: $(on storage "tail -3 /tmp/devd.log")"
@@ -217,8 +218,7 @@ test_xl_devd() {
     tell "xl devd ran $(basename "$(xenstore-read "$(be_of x1 xvdc)/script")"): $(xenstore-ls "$(be_of x1 xvdc)" | grep -E '^(physical-device|hotplug|node)' | tr '\n' ' ')"
     verified x1 xvdc 2
     xl_detach x1 xvdc
-    loops=$(on storage "losetup -a")
-    [ -z "$loops" ] || tell "a loop device stayed: $loops"
+    wait_for on storage "! losetup -a | grep t-devd" || fail "xl devd's script could not take its loop device away: $(on storage "losetup -a")"
   done
   verify_stop x1 xvda
   quiet x1
