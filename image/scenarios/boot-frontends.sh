@@ -13,6 +13,7 @@ scenario "a 32-bit guest" test_32_bit
 scenario "the frontend's driver unbound and reloaded under I/O" test_reload 2
 scenario "hot plug ${LONG:+a hundred times }under another disk's I/O" test_hot_plug "$([ -n "$LONG" ] && echo 100 || echo 5)"
 scenario "discards give the image's space back" test_discard
+scenario "an image grown under I/O" test_resize
 scenario "2 vCPUs, PV: 2 queues" test_queues q2 pv 2 0 32
 destroy q2
 scenario "4 vCPUs, PV: 4 queues, rings of 16 pages, 256 segments" test_queues q4 pv 4 4 256

@@ -202,8 +202,8 @@ test_pvh_grub() {
 test_32_bit() {
   local file
   [ -e /domains/vmlinux-i386 ] || skip "no 32-bit kernel could be fetched"
-  KERNEL=/domains/vmlinux-i386 create g6 pvh /domains/guest-i386.cpio 256 "extra='console=hvc0 loglevel=1'" || fail "no 32-bit domain: $(tail -1 /run/g6.xl)"
-  start g6 || fail "the 32-bit guest did not boot"
+  KERNEL=/domains/vmlinux-i386 create g6 pvh /domains/guest-i386.cpio 256 "extra='console=hvc0 loglevel=7 earlyprintk=xen'" || fail "no 32-bit domain: $(tail -1 /run/g6.xl)"
+  start g6 || fail "the 32-bit guest did not boot: $(xl list g6 | tail -1) $(tail -c 300 $LOGS/guest-g6.log | tr -cd ' -~')"
   on g6 "uname -m" | grep -q "i[3-6]86" || fail "the guest's machine is $(on g6 "uname -m")"
   file=$(image abi 32)
   disk g6 xvdb w "$file"
@@ -285,3 +285,27 @@ test_kexec() {
 }
 booted_again() { [ "$(grep -c "agent ready" "$LOGS/guest-$1.log")" -gt "$2" ]; }
 flushed_by_guest() { on "$1" "vbdd-guest pattern 12 1048576 | dd of=/dev/xvdc bs=64k seek=64 2>/dev/null && sync"; }
+
+guest_sectors_are() { [ "$(on "$1" "cat /sys/block/$2/size")" = "$3" ]; }
+
+# An image grown under a mounted file system and I/O: the guest sees the new size without an unplug, and can use it.
+test_resize() {
+  local file
+  vbdd resize --help >/dev/null 2>&1 || skip "this vbdd cannot resize"
+  have_guest g1
+  file=$(image resize 16)
+  disk g1 xvdb w "$file"
+  guest_sectors_are g1 xvdb 32768 || fail "a disk of 16 MiB has $(on g1 "cat /sys/block/xvdb/size") sectors"
+  on g1 "dmesg -n 1; dmesg -c >/dev/null"
+  verify_start g1 xvdb
+  wait_for writes_beyond g1 xvdb 50 || fail "the verifier does not write"
+  on dom0 "truncate -s 48M $file && vbdd resize vbd/$(domid g1)/$(devid xvdb)" || fail "vbdd resize"
+  wait_for guest_sectors_are g1 xvdb 98304 || fail "the guest still sees $(on g1 "cat /sys/block/xvdb/size") sectors"
+  state_is "$(front g1 xvdb)" 4 || fail "the frontend is in state $(fe_says g1 xvdb state)"
+  on g1 "vbdd-guest pattern 21 16777216 | dd of=/dev/xvdb bs=1M seek=32 iflag=fullblock conv=fsync 2>/dev/null" || fail "writing where the disk has grown"
+  on dom0 "vbdd-guest pattern 21 16777216 >/run/pattern; tail -c 16777216 $file | cmp - /run/pattern" || fail "the new part of the image is not what the guest wrote"
+  verify_stop g1 xvdb
+  tell "grown from 16 to 48 MiB under I/O; the guest: $(on g1 "dmesg | grep -i capacity | tail -1")"
+  quiet g1
+  gracefully g1 xvdb
+}
