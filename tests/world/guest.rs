@@ -253,7 +253,9 @@ impl SaneGuest {
         let indirect = !flushes && !odd && !with_data && shared.chance(habits.indirect, 16);
         let pages = match (flushes || odd, indirect) {
             (true, _) => 0,
-            (_, true) => 1 + shared.below(habits.indirect_max.min(model.size() / 8)),
+            (_, true) => {
+                1 + shared.below(habits.indirect_max.min(model.size() / 8).min(habits.frames as u64 - 1))
+            }
             (_, false) => habits.segments_min + shared.below(habits.segments_max - habits.segments_min + 1),
         };
         if queue.free.len() < pages as usize + usize::from(indirect) {
