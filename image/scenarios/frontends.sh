@@ -202,7 +202,7 @@ test_pvh_grub() {
 test_32_bit() {
   local file
   [ -e /domains/vmlinux-i386 ] || skip "no 32-bit kernel could be fetched"
-  KERNEL=/domains/vmlinux-i386 create g6 pvh /domains/guest-i386.cpio 256 "extra='console=hvc0 loglevel=7 earlyprintk=xen'" || fail "no 32-bit domain: $(tail -1 /run/g6.xl)"
+  KERNEL=/domains/vmlinux-i386 create g6 pvh /domains/guest-i386.cpio 256 "extra='console=hvc0 loglevel=7 earlyprintk=xen'" "hap=${HAP:-0}" || fail "no 32-bit domain: $(tail -1 /run/g6.xl)"
   start g6 || fail "the 32-bit guest did not boot: $(xl list g6 | tail -1) $(tail -c 300 $LOGS/guest-g6.log | tr -cd ' -~')"
   on g6 "uname -m" | grep -q "i[3-6]86" || fail "the guest's machine is $(on g6 "uname -m")"
   file=$(image abi 32)
@@ -251,7 +251,7 @@ test_block_vbdd() {
   rm -f /run/plug.x2.*
   # xl forgets what it cannot do: in Xen 4.17 no blktap is known; from 4.20 on this line attaches as vbd3.
   xl block-attach x2 "vdev=xvdc,access=w,backendtype=tap,format=raw,script=block-vbdd,target=$file" >/run/xl.out 2>&1
-  tell "xl $(xl info 2>/dev/null | awk '/^xen_version/ { print $3 }'), backendtype=tap: $(tail -1 /run/xl.out | cut -c1-150)"
+  tell "xl $(xl info 2>/dev/null | awk '/^xen_version/ { print $3 }'), backendtype=tap: $(grep -m1 -iE "error.*(tap|backend)" /run/xl.out || head -1 /run/xl.out)"
   quiet x2
   xl destroy x2
   wait_for no_zombie || fail "a zombie stays"
