@@ -109,38 +109,42 @@ test_discard() {
   gracefully g1 xvdb
 }
 
-# The driver unbound from its disk under I/O, then bound; then the module unloaded and loaded with the disk attached.
+# closed_and_released GUEST DISK FILE: after its frontend has gone, vbdd holds nothing of the disk.
+closed_and_released() {
+  wait_for state_is "$(be_of "$1" "$2")" 6 || fail "the backend is in state $(be_says "$1" "$2" state) after the driver has gone"
+  wait_for on dom0 "! ls -l /proc/\$(pidof vbdd)/fd | grep -q $3" || fail "vbdd keeps $3 open after the driver has gone"
+}
+
+# test_reload TIMES: the driver unbound from its disk under I/O, then the module unloaded and loaded. Linux' blkfront leaves its nodes in
+# state 6 and never takes such a device back, whatever the backend: the toolstack has to attach it anew.
 test_reload() {
-  local n=0 bus
+  local n=0 file
   have_guest g1
-  disk g1 xvdb w "$(image reload 32)"
-  bus=vbd-$(devid xvdb)
+  file=$(image reload 32)
+  disk g1 xvdb w "$file"
   on g1 "vbdd-guest pattern 31 1048576 | dd of=/dev/xvdb bs=64k seek=256 2>/dev/null && sync" || fail "writing the pattern"
   while [ $n -lt "$1" ]; do
     n=$((n + 1))
     hammer_start g1 xvdb 4
     wait_for writes_beyond g1 xvdb 20 || fail "round $n: the hammer does not write"
-    on g1 "echo $bus >/sys/bus/xen/drivers/vbd/unbind" || fail "round $n: unbinding"
+    on g1 "echo vbd-$(devid xvdb) >/sys/bus/xen/drivers/vbd/unbind" || fail "round $n: unbinding"
     # Its disk is gone: the hammer ends with errors, and must not hang, nor have read anything wrong.
     wait_for hammer_ended g1 xvdb || fail "round $n: I/O on an unbound disk hangs"
     on g1 "grep -h 'wrong byte' /tmp/hammer.xvdb.*" && fail "round $n: wrong data"
-    on g1 "echo $bus >/sys/bus/xen/drivers/vbd/bind" || fail "round $n: binding"
-    connected g1 xvdb || fail "round $n: no connection after binding"
-    wait_for on g1 "test -b /dev/xvdb" || fail "round $n: no /dev/xvdb after binding"
-    # With I/O until the moment before.
+    closed_and_released g1 xvdb "$file"
+    gracefully g1 xvdb
+    disk g1 xvdb w "$file"
     hammer_start g1 xvdb 2
-    wait_for writes_beyond g1 xvdb 20 || fail "round $n: the hammer does not write"
+    wait_for writes_beyond g1 xvdb 10 || fail "round $n: the hammer does not write"
     hammer_stop g1 xvdb
     on g1 "rmmod xen-blkfront && modprobe xen-blkfront" || fail "round $n: reloading the module"
-    connected g1 xvdb || fail "round $n: no connection after reloading"
-    wait_for on g1 "test -b /dev/xvdb" || fail "round $n: no /dev/xvdb after reloading"
+    closed_and_released g1 xvdb "$file"
+    gracefully g1 xvdb
+    disk g1 xvdb w "$file"
     on g1 "vbdd-guest pattern 31 1048576 >/tmp/p; dd if=/dev/xvdb bs=64k skip=256 count=16 2>/dev/null | cmp - /tmp/p" ||
       fail "round $n: flushed data is gone"
   done
-  hammer_start g1 xvdb 4
-  sleep 1
-  hammer_stop g1 xvdb
-  tell "$n times unbound under I/O, bound, module unloaded and loaded: flushed data is there"
+  tell "$n times unbound under I/O and attached anew, module unloaded and loaded: flushed data is there"
   gracefully g1 xvdb
 }
 
