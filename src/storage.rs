@@ -28,6 +28,11 @@ use crate::buffers::{Pool, Span};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct FileId(pub u32);
 
+impl FileId {
+    /// Names no file: what an empty drive has.
+    pub const NONE: FileId = FileId(u32::MAX);
+}
+
 /// What may be done with an open image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
@@ -184,6 +189,13 @@ pub trait Storage {
     /// Takes one finished open, if there is one.
     fn opened(&mut self) -> Option<(u64, Result<Opened, OpenError>)>;
 
+    /// Looks at the size of an open file again, and goes by it from now on. In bytes; `None` if it cannot be told without
+    /// waiting, or the file is not open.
+    fn measure(&mut self, file: FileId) -> Option<u64> {
+        let _ = file;
+        None
+    }
+
     /// Closes a file. The caller has taken every `Done` of it.
     fn close(&mut self, file: FileId);
 
@@ -196,6 +208,9 @@ pub trait Storage {
 
     /// Starts all that is queued, with as few system calls as the engine needs.
     fn submit(&mut self);
+
+    /// Gives unused memory back to the system, where there is such a thing.
+    fn trim(&mut self) {}
 
     /// Takes one finished transfer, if there is one. Starts what has to be tried or continued before it says no.
     fn done(&mut self) -> Option<Done>;

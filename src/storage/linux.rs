@@ -202,12 +202,6 @@ impl LinuxStorage {
         self.bell.answer();
     }
 
-    /// Gives unused buffers back to the system. Meant for moments without load.
-    pub fn trim(&mut self) {
-        self.pool.trim();
-        self.bounces.trim();
-    }
-
     /// Transfers that went along with another as one, since the storage was made.
     #[must_use]
     pub fn merged(&self) -> u64 {
@@ -308,6 +302,15 @@ impl Storage for LinuxStorage {
         Some((token, result.and_then(|prepared| self.install(path, prepared))))
     }
 
+    fn measure(&mut self, file: FileId) -> Option<u64> {
+        let file = self.files.at(file).filter(|file| !file.closing)?;
+        let size = medium::size_now(&file.fd)?;
+        if size != file.shape.size {
+            file.shape = file.shape.resized(size);
+        }
+        Some(file.shape.size)
+    }
+
     fn close(&mut self, file: FileId) {
         let Some(entry) = self.files.at(file) else { return };
         entry.closing = true;
@@ -346,6 +349,11 @@ impl Storage for LinuxStorage {
             return;
         }
         self.advance(number);
+    }
+
+    fn trim(&mut self) {
+        self.pool.trim();
+        self.bounces.trim();
     }
 
     fn submit(&mut self) {

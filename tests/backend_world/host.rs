@@ -104,6 +104,11 @@ impl Host {
         self.again = true;
     }
 
+    /// The backend was asked for something beside its turns.
+    pub fn wake(&mut self) {
+        self.again = true;
+    }
+
     /// The process ends at once.
     pub fn kill(&mut self) {
         self.backend = None;
