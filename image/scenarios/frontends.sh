@@ -81,27 +81,33 @@ kib_of() { on "$DOMAIN" "sync; du -k $1" | cut -f1; }
 
 # Discards of the guest give the image's space back: of a range, by trimming a file system, of the whole disk.
 test_discard() {
-  local file full
+  local file part full half trimmed
   have_guest g1
   file=$(image discard 32)
   disk g1 xvdb w "$file"
-  [ "$(be_says g1 xvdb feature-discard)" = 1 ] || skip "no discards are offered"
-  on g1 "vbdd-guest pattern 3 33554432 | dd of=/dev/xvdb bs=1M iflag=fullblock conv=fsync 2>/dev/null" || fail "filling the disk"
+  [ "$(be_says g1 xvdb feature-discard)" = 1 ] || fail "no discards are offered"
+  for part in "3 8388608 0" "4 16777216 8" "5 8388608 24"; do
+    set -- $part
+    on g1 "vbdd-guest pattern $1 $2 | dd of=/dev/xvdb bs=1M iflag=fullblock seek=$3 conv=fsync 2>/dev/null" || fail "filling the disk"
+  done
   full=$(kib_of "$file")
   [ "$full" -ge 32768 ] || fail "a full image occupies $full KiB: this test sees nothing"
   on g1 "blkdiscard -o 8388608 -l 16777216 /dev/xvdb" || fail "blkdiscard in the guest"
   half=$(kib_of "$file")
   [ "$half" -le 16900 ] || fail "after discarding 16 MiB of 32 the image occupies $half KiB"
   # What was not discarded is what it was.
-  on g1 "vbdd-guest pattern 3 33554432 >/tmp/p; echo 3 >/proc/sys/vm/drop_caches; head -c 8388608 /dev/xvdb | cmp -n 8388608 - /tmp/p && dd if=/dev/xvdb bs=1M skip=24 2>/dev/null >/tmp/q && dd if=/tmp/p bs=1M skip=24 2>/dev/null | cmp - /tmp/q" ||
-    fail "a discard changed its neighbours"
+  for part in "3 8388608 0" "5 8388608 24"; do
+    set -- $part
+    on g1 "echo 3 >/proc/sys/vm/drop_caches; [ \"\$(dd if=/dev/xvdb bs=1M skip=$3 count=8 2>/dev/null | md5sum)\" = \"\$(vbdd-guest pattern $1 $2 | md5sum)\" ]" ||
+      fail "a discard changed what lies beside it, at $3 MiB"
+  done
   on g1 "mke2fs -q -F -t ext4 /dev/xvdb && mount -t ext4 /dev/xvdb /mnt && vbdd-guest pattern 4 12000000 >/mnt/a && vbdd-guest pattern 5 4000000 >/mnt/b && sync" ||
     fail "a file system"
   full=$(kib_of "$file")
   on g1 "rm /mnt/a && sync && fstrim /mnt" || fail "fstrim in the guest"
   trimmed=$(kib_of "$file")
   [ "$trimmed" -le $((full - 11000)) ] || fail "fstrim after removing 12 MB: $full KiB before, $trimmed KiB after"
-  on g1 "vbdd-guest pattern 5 4000000 >/tmp/p; umount /mnt && mount -t ext4 /dev/xvdb /mnt && cmp /mnt/b /tmp/p && umount /mnt && rm /tmp/p /tmp/q" || fail "fstrim hurt another file"
+  on g1 "umount /mnt && mount -t ext4 /dev/xvdb /mnt && vbdd-guest pattern 5 4000000 | cmp - /mnt/b && umount /mnt" || fail "fstrim hurt another file"
   on g1 "blkdiscard /dev/xvdb" || fail "blkdiscard of the whole disk"
   [ "$(kib_of "$file")" -le 64 ] || fail "after discarding everything the image occupies $(kib_of "$file") KiB"
   tell "image of 32 MiB: full, then 16 MiB discarded: $half KiB; ext4 with 16 MB: $full KiB, a file removed and fstrim: $trimmed KiB; all discarded: $(kib_of "$file") KiB"
@@ -295,7 +301,6 @@ guest_sectors_are() { [ "$(on "$1" "cat /sys/block/$2/size")" = "$3" ]; }
 # An image grown under a mounted file system and I/O: the guest sees the new size without an unplug, and can use it.
 test_resize() {
   local file
-  vbdd resize --help >/dev/null 2>&1 || skip "this vbdd cannot resize"
   have_guest g1
   file=$(image resize 16)
   disk g1 xvdb w "$file"
