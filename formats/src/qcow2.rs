@@ -7,6 +7,7 @@
 pub mod header;
 pub mod shape;
 
+pub mod check;
 pub mod create;
 
 mod entries;
@@ -16,6 +17,7 @@ mod refcounts;
 mod space;
 mod tables;
 mod unpack;
+mod walk;
 mod write;
 
 use alloc::vec::Vec;

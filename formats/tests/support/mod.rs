@@ -7,4 +7,6 @@ pub mod driver;
 pub mod medium;
 pub mod oracle;
 pub mod rng;
+pub mod sweep;
+pub mod witness;
 pub mod world;

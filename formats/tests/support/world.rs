@@ -76,6 +76,8 @@ pub struct World {
     pub planted: Planted,
     pub reads_checked: u64,
     pub parents: Vec<(u32, SimMedium)>,
+    initial: Vec<u64>,
+    pub crashes: u64,
 }
 
 fn run_to_end(driver: &mut Driver<SimMedium>) {
@@ -142,7 +144,8 @@ impl World {
             }
             0
         };
-        let oracle = Oracle::new((0..setup.sectors).map(initial));
+        let initial: Vec<u64> = (0..setup.sectors).map(initial).collect();
+        let oracle = Oracle::new(initial.iter().copied());
         let mut leaf = if setup.device { SimMedium::device(1 << 20) } else { SimMedium::file() };
         leaf.new_space_is_zero = setup.new_space_is_zero;
         let backing = (!parents.is_empty()).then(|| ("parent".to_owned(), "raw".to_owned()));
@@ -153,7 +156,18 @@ impl World {
             parents.into_iter().zip(1..).map(|((medium, _), number)| (number, medium)).collect();
         let driver = open(&setup, leaf, &parents, seed, planted);
         let requests = HashMap::new();
-        World { setup, driver, oracle, requests, next: 1, planted, reads_checked: 0, parents }
+        World {
+            setup,
+            driver,
+            oracle,
+            requests,
+            next: 1,
+            planted,
+            reads_checked: 0,
+            parents,
+            initial,
+            crashes: 0,
+        }
     }
 
     /// Submits a random request.
@@ -237,6 +251,11 @@ impl World {
             self.driver.run(Op::Read, extent, vec![0xee; self.setup.sectors as usize * 512]);
         result.unwrap();
         self.check_read(extent, &memory, begun);
+    }
+
+    /// What the parents hold.
+    pub fn below(&self, sector: u64) -> u64 {
+        self.initial[sector as usize]
     }
 
     pub fn leaf(&self) -> &SimMedium {
