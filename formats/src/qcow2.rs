@@ -5,6 +5,8 @@
 //! durable entry names it and no request that could have seen one is left.
 
 pub mod header;
+pub mod map;
+pub mod resize;
 pub mod shape;
 
 pub mod check;

@@ -17,6 +17,8 @@ fn run(seed: u64, plan: &Plan) -> u64 {
     }
     let mut world = World::new(seed, setup, plan.planted);
     world.driver.disk.plant(plan.ledger);
+    world.driver.lazy |= plan.lazy;
+    world.setup.depth = world.setup.depth.max(plan.depth);
     let mut bad = Weather { one_in: 10 + rng.below(40), full: rng.one_in(2) };
     world.sweep(plan.steps, plan.per_step, plan.weather.then_some(&mut bad));
     world.crashes
@@ -31,12 +33,16 @@ struct Plan {
     per_step: u64,
     /// Only setups in which refcount tables grow, or none of them.
     far: Option<bool>,
+    /// Transfers of guests' own memory take longest.
+    lazy: bool,
+    /// Requests in flight, at least.
+    depth: u64,
 }
 
 impl Plan {
     fn new() -> Plan {
         let (planted, ledger) = (Planted::default(), formats::ledger::Planted::default());
-        Plan { planted, ledger, weather: false, steps: 160, per_step: 3, far: None }
+        Plan { planted, ledger, weather: false, steps: 160, per_step: 3, far: None, lazy: false, depth: 1 }
     }
 }
 
@@ -72,7 +78,7 @@ fn planted_bugs_are_found() {
     let near = Plan { far: Some(false), ..Plan::new() };
     let far = Plan { far: Some(true), steps: 260, per_step: 6, ..Plan::new() };
     // What only requests in flight can notice needs many of them, and no crash.
-    let busy = Plan { per_step: 1, steps: 400, ..near };
+    let busy = Plan { per_step: 1, steps: 400, lazy: true, depth: 24, ..near };
     let formats = [
         ("no_data_barrier", near, Planted { no_data_barrier: true, ..none }),
         ("no_refcount_barrier", near, Planted { no_refcount_barrier: true, ..none }),

@@ -166,7 +166,8 @@ impl World {
         }
         let parents: Vec<_> =
             parents.into_iter().zip(1..).map(|((medium, _), number)| (number, medium)).collect();
-        let driver = open(&setup, leaf, &parents, seed, planted);
+        let mut driver = open(&setup, leaf, &parents, seed, planted);
+        driver.lazy = rng.one_in(3);
         let requests = HashMap::new();
         World {
             setup,
