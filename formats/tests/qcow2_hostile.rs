@@ -106,7 +106,7 @@ fn parents_named_by_protocol_are_refused() {
 fn entry_of(bytes: &[u8], sector: u64) -> usize {
     let word = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
     let bits = u32::from_be_bytes(bytes[20..24].try_into().unwrap());
-    let number = (sector * 512 >> bits) as usize;
+    let number = ((sector * 512) >> bits) as usize;
     let per_table = (1 << bits) / 8;
     let l2 = (word(word(40) as usize + number / per_table * 8) & 0x00ff_ffff_ffff_fe00) as usize;
     l2 + number % per_table * 8
@@ -176,10 +176,10 @@ fn mutated_images_never_panic_nor_hang() {
         let result = support::sweep::failure_of(|| {
             let mut medium = medium(bytes);
             let _ = check(&mut medium.clone(), Fix::All);
-            if let Ok(header) = Header::read(&mut medium) {
-                if header.size_bytes < 1 << 30 {
-                    let _ = map(&mut medium, &header, &mut |_, _| {});
-                }
+            if let Ok(header) = Header::read(&mut medium)
+                && header.size_bytes < 1 << 30
+            {
+                let _ = map(&mut medium, &header, &mut |_, _| {});
             }
             let Ok(mut driver) = open(medium) else { return };
             opened += 1;
