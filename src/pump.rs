@@ -6,6 +6,7 @@
 //! grown to their working size.
 
 mod ends;
+mod mapped;
 mod memory;
 mod stages;
 mod turn;
@@ -166,6 +167,9 @@ pub struct Pump<H, S> {
     now: Duration,
     events: VecDeque<PumpEvent>,
     scratch: stages::Scratch,
+    pages_mapped: usize,
+    /// Inside [`Pump::turn`].
+    turning: bool,
 }
 
 impl<H: Hypervisor, S: Storage> Pump<H, S> {
@@ -191,6 +195,8 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             now: Duration::ZERO,
             events: VecDeque::new(),
             scratch: stages::Scratch::default(),
+            pages_mapped: 0,
+            turning: false,
         }
     }
 

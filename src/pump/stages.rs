@@ -54,6 +54,9 @@ pub(super) struct Scratch {
     incoming: Batch,
     outgoing: Batch,
     served: Vec<u64>,
+    pub(super) segments: Vec<rings::Segment>,
+    /// Requests whose copies to or from the file itself failed.
+    retries: Vec<(u32, u16)>,
     /// Disks on which a flush or barrier may have become ready.
     flush_disks: Vec<u32>,
     /// Disks on which a barrier has ended.
@@ -86,12 +89,16 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             }
         }
         let mut batch = std::mem::take(&mut self.scratch.outgoing);
-        self.run_batch(&mut batch, |pump, queue, place, failed| match failed {
-            None => pump.finish(queue, place, Status::Okay),
-            Some(grant) => pump.bad_grant(queue, place, grant),
+        self.run_batch(&mut batch, |pump, queue, place, failed| {
+            let direct = pump.end_direct(queue, place);
+            match failed {
+                None => pump.copied(queue, place, direct),
+                Some(_) if direct => pump.scratch.retries.push((queue, place)),
+                Some(grant) => pump.bad_grant(queue, place, grant),
+            }
         });
         self.scratch.outgoing = batch;
-        progress
+        progress | self.retry()
     }
 
     fn transfer_done(&mut self, id: u32, place: u16, done: &Done) {
@@ -107,6 +114,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         }
         let result = one.error.take().map_or(Ok(()), Err);
         let (operation, sector) = (one.request.operation, one.request.sector);
+        let in_place = one.stage == Stage::Mapped;
         self.end_epoch(id, place);
         match (result, operation) {
             (Err(error), Operation::Discard) if error.is_unsupported() => self.discards_no_more(id, place),
@@ -119,7 +127,9 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
                 self.storage_failed(id, what, sector, error);
                 self.finish(id, place, Status::Error);
             }
-            (Ok(()), Operation::Read) if has_ring => self.queue_copy(id, place, CopyDirection::ToGuest),
+            (Ok(()), Operation::Read) if has_ring && !in_place => {
+                self.queue_copy(id, place, CopyDirection::ToGuest)
+            }
             // What came along with a flush or barrier is durable with the answer.
             (Ok(()), Operation::Flush | Operation::Barrier) => self.queue_flush(id, place, Stage::Flush),
             (Ok(()), _) => self.finish(id, place, Status::Okay),
@@ -165,6 +175,25 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         queue.copies(place, direction, (&self.rows, self.storage.buffers()), &mut batch.segments);
         let segments = u16::try_from(batch.segments.len() - before).unwrap_or(0);
         batch.requests.push(Copying { queue: id, place, segments });
+    }
+
+    /// A request's data is where it was to go.
+    fn copied(&mut self, id: u32, place: u16, direct: bool) {
+        if let Some(queue) = self.queue(id) {
+            queue.counters.direct += u64::from(direct);
+        }
+        self.finish(id, place, Status::Okay);
+    }
+
+    /// Sends what could not be copied straight the usual way. True if there was any.
+    fn retry(&mut self) -> bool {
+        let mut retries = std::mem::take(&mut self.scratch.retries);
+        let any = !retries.is_empty();
+        for (id, place) in retries.drain(..) {
+            self.retry_buffered(id, place);
+        }
+        self.scratch.retries = retries;
+        any
     }
 
     /// Has the descriptors of an indirect request copied in the next batch of them.
@@ -245,10 +274,27 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             let Some((own, behind)) = rest.split_at_mut_checked(request.segments.into()) else { return };
             rest = behind;
             if let Err(error) = self.hypervisor.copy(own) {
-                log::error!("a request's {} grant copies failed: {error:?}", own.len());
+                if self.is_direct(request.queue, request.place) {
+                    self.not_direct(request.queue);
+                } else {
+                    log::error!("a request's {} grant copies failed: {error:?}", own.len());
+                }
                 // On failure of the call the statuses mean nothing.
                 own.iter_mut().for_each(|segment| segment.copied = false);
             }
+        }
+    }
+
+    fn is_direct(&mut self, id: u32, place: u16) -> bool {
+        let one = self.queue(id).and_then(|queue| queue.in_flight(place));
+        one.is_some_and(|one| one.stage == Stage::Direct)
+    }
+
+    /// The pages of a queue's file cannot be had: from now on it is read and written by calls.
+    fn not_direct(&mut self, id: u32) {
+        let disk = self.queue(id).map(|queue| queue.disk);
+        if let Some(file) = disk.and_then(|disk| self.disk(disk)).map(|disk| disk.file) {
+            self.storage.not_direct(file);
         }
     }
 
@@ -256,11 +302,17 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
     pub(super) fn copy_in(&mut self) -> bool {
         let mut batch = std::mem::take(&mut self.scratch.incoming);
         let progress = !batch.requests.is_empty();
-        self.run_batch(&mut batch, |pump, queue, place, failed| match failed {
-            None => pump.queue_transfer(queue, place, IoKind::Write),
-            Some(grant) => pump.bad_grant(queue, place, grant),
+        self.run_batch(&mut batch, |pump, queue, place, failed| {
+            let direct = pump.end_direct(queue, place);
+            match failed {
+                None if direct => pump.copied(queue, place, true),
+                None => pump.queue_transfer(queue, place, IoKind::Write),
+                Some(_) if direct => pump.scratch.retries.push((queue, place)),
+                Some(grant) => pump.bad_grant(queue, place, grant),
+            }
         });
         self.scratch.incoming = batch;
+        self.retry();
         progress
     }
 
@@ -314,6 +366,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
 
     /// Answers a request and gives its memory back.
     pub(super) fn finish(&mut self, id: u32, place: u16, status: Status) {
+        self.end_mapped(id, place);
         self.end_epoch(id, place);
         self.leave(id, place);
         let Some(queue) = self.queue(id) else { return };
@@ -413,7 +466,8 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             }
             (Ok(()), Stage::Preflush) if has_ring => {
                 self.begin_epoch(id, place);
-                self.start(id, place);
+                // Not straight: this round's copies are made, and the next round may be in another turn.
+                self.start_buffered(id, place);
             }
             // The guest is gone: what its grants name now may be anything, and must not be written.
             (Ok(()), Stage::Preflush) => self.finish(id, place, Status::Error),
