@@ -14,12 +14,13 @@ use std::time::Duration;
 
 use formats::Raw;
 use formats::raw::TooSmall;
+use rings::Offers;
 use xenstore::{JobId, Outcome, Path, WatchToken};
 
 use crate::hypervisor::{DomainId, Hypervisor};
 use crate::journal::JournalStore;
-use crate::limits::{WORLD_READ_INTERVAL, WORLD_READS_BURST};
-use crate::pump::{DiskId, Pump, PumpEvent, QueueId};
+use crate::limits::{INDIRECT_SEGMENTS, WORLD_READ_INTERVAL, WORLD_READS_BURST};
+use crate::pump::{DiskId, DiskPlan, Pump, PumpEvent, QueueId};
 use crate::queue::FrontendMisbehaved;
 use crate::storage::{Identity, OpenError, Opened, Storage};
 use crate::vbd::{
@@ -368,7 +369,9 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
             self.notice(address, log::Level::Warn, &text);
         }
         let sectors = raw.geometry().sectors;
-        let disk = self.pump.add_disk(opened.file, sectors, request.read_only);
+        let offers = Offers { indirect_segments: INDIRECT_SEGMENTS, ..Offers::NONE };
+        let plan = DiskPlan { offers, ..DiskPlan::new(opened.file, sectors, request.read_only) };
+        let disk = self.pump.add_disk(&plan);
         let physical_sector_bytes = opened.physical_block_bytes;
         if let Some(device) = self.devices.get_mut(&address) {
             device.image = Some(OpenImage { opened, disk, request });

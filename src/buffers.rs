@@ -13,6 +13,10 @@ pub const PAGE_BYTES: u32 = 4096;
 /// Pages in a chunk: what four machine words of bitmap describe.
 const CHUNK_PAGES: u32 = 256;
 
+/// Spans up to this are had from the first chunks, longer ones from the last: eleven pages are what a request of a plain
+/// ring names.
+const SHORT_PAGES: u32 = 11;
+
 /// The longest span that can be had, in bytes: one chunk, 1 MiB.
 pub const SPAN_BYTES_MAX: u32 = CHUNK_PAGES * PAGE_BYTES;
 
@@ -227,7 +231,11 @@ impl Pool {
             return None;
         }
         let count = length_bytes.div_ceil(PAGE_BYTES);
-        for (index, chunk) in self.chunks.iter_mut().enumerate() {
+        let chunks = self.chunks.len();
+        for at in 0..chunks {
+            // Long spans from the other end: short ones that stay would leave no long run anywhere.
+            let index = if count > SHORT_PAGES { chunks - 1 - at } else { at };
+            let Some(chunk) = self.chunks.get_mut(index) else { continue };
             if chunk.free_pages < count {
                 continue;
             }

@@ -7,7 +7,9 @@
 use std::collections::VecDeque;
 
 use formats::Raw;
+use rings::Offers;
 
+use crate::pump::DiskPlan;
 use crate::storage::{FileId, StorageError};
 
 /// Names an epoch of a [`Disk`]: a free-running counter.
@@ -32,6 +34,8 @@ pub struct Disk {
     pub image: Raw,
     /// Writes are refused (XSA-142).
     pub read_only: bool,
+    /// What frontends may ask for.
+    pub offers: Offers,
     current: u32,
     writes_in_current: u32,
     /// Epochs that a flush has closed, oldest first: `current - closed.len() .. current`.
@@ -44,13 +48,14 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// A disk on `file` with no write in flight. `flushes_max` of its flushes can wait without allocation.
+    /// A disk with no write in flight. `flushes_max` of its flushes can wait without allocation.
     #[must_use]
-    pub fn new(file: FileId, size_sectors: u64, read_only: bool, flushes_max: usize) -> Disk {
+    pub fn new(plan: &DiskPlan, flushes_max: usize) -> Disk {
         Disk {
-            file,
-            image: Raw::of_sectors(size_sectors),
-            read_only,
+            file: plan.file,
+            image: Raw::of_sectors(plan.size_sectors),
+            read_only: plan.read_only,
+            offers: plan.offers,
             current: 0,
             writes_in_current: 0,
             closed: VecDeque::with_capacity(flushes_max),
@@ -127,7 +132,7 @@ mod tests {
     use super::*;
 
     fn disk() -> Disk {
-        Disk::new(FileId(1), 100, false, 8)
+        Disk::new(&DiskPlan::new(FileId(1), 100, false), 8)
     }
 
     fn served(disk: &mut Disk) -> Vec<FlushToken> {

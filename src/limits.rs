@@ -19,8 +19,17 @@ pub const EVENT_DELAY_MIN: Duration = Duration::from_millis(1);
 /// See [`EVENT_DELAY_MIN`].
 pub const EVENT_DELAY_MAX: Duration = Duration::from_millis(128);
 
-/// Memory for data in flight, in bytes: 64 MiB hold 1 024 requests of 44 KiB and some more; whoever finds none waits.
+/// Memory for data in flight, in bytes: 64 MiB hold 1 024 requests of 44 KiB and some more, or 63 of 1 MiB; whoever finds
+/// none waits. A guest leaves at least as much free as it holds: one alone has 32 MiB at most, the ring of 32 requests
+/// of 1 MiB; when the disks of `k` guests hang, 64 MiB / (k + 1) stay for the others, 1.3 MiB beside 46 of them.
 pub const DATA_MEMORY_BYTES: usize = 64 << 20;
+
+/// How long the first in line for memory keeps others from passing, before what it waits for counts as hung.
+pub const STARVED_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Segments of an indirect request: 1 MiB of whole pages. One page of descriptors (2 048 bytes) is copied for each in
+/// flight, into data memory; at most eight pieces of 128 KiB hold its data.
+pub const INDIRECT_SEGMENTS: u16 = rings::INDIRECT_SEGMENTS_MAX;
 
 /// Rounds that the pump makes before its caller looks at xenstore and timers again: 8 rounds of 32 requests a queue.
 pub const ROUNDS_PER_TURN: u32 = 8;

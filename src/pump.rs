@@ -6,13 +6,14 @@
 //! grown to their working size.
 
 mod ends;
+mod memory;
 mod stages;
 mod turn;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-use rings::{Abi, BackRing, SharedPages};
+use rings::{Abi, BackRing, Offers, SharedPages};
 
 use crate::disk::Disk;
 use crate::hypervisor::{DomainId, GrantRef, Hypervisor, HypervisorError, Port};
@@ -20,6 +21,7 @@ use crate::journal::{Journal, JournalStore, Memory, RECORD_VERSION, RingRecord};
 use crate::limits::REPORTS_MAX;
 use crate::queue::{Counters, FrontendMisbehaved, Queue};
 use crate::storage::{FileId, Storage};
+pub(crate) use memory::Held;
 
 /// Names a queue of the pump.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -51,6 +53,27 @@ pub struct StorageFailure {
     pub offset_bytes: u64,
     /// Why.
     pub error: crate::storage::StorageError,
+}
+
+/// An open image, and how it is served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DiskPlan {
+    /// The image.
+    pub file: FileId,
+    /// Its size, in sectors of 512 bytes.
+    pub size_sectors: u64,
+    /// Writes are refused.
+    pub read_only: bool,
+    /// What frontends are told that they may ask for. What is not offered is answered with -2.
+    pub offers: Offers,
+}
+
+impl DiskPlan {
+    /// A disk that offers reads, writes and flushes.
+    #[must_use]
+    pub fn new(file: FileId, size_sectors: u64, read_only: bool) -> DiskPlan {
+        DiskPlan { file, size_sectors, read_only, offers: Offers::NONE }
+    }
 }
 
 /// Where a ring is, and whose.
@@ -131,8 +154,13 @@ pub struct Pump<H, S> {
     delayed: Vec<(Duration, u32)>,
     /// Queues with answers to publish.
     touched: Vec<u32>,
-    /// Queues with requests that wait for memory.
+    guests: memory::Guests,
+    /// Queues with requests that wait for memory, in line.
     starved: VecDeque<u32>,
+    /// The first of them that waits for others, and since when.
+    first_in_line: Option<(u32, Duration)>,
+    /// When the last turn began.
+    now: Duration,
     events: VecDeque<PumpEvent>,
     scratch: stages::Scratch,
 }
@@ -153,7 +181,10 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             ready: VecDeque::new(),
             delayed: Vec::new(),
             touched: Vec::new(),
+            guests: memory::Guests::default(),
             starved: VecDeque::new(),
+            first_in_line: None,
+            now: Duration::ZERO,
             events: VecDeque::new(),
             scratch: stages::Scratch::default(),
         }
@@ -165,10 +196,9 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
     }
 
     /// Puts an open image behind a disk.
-    pub fn add_disk(&mut self, file: FileId, size_sectors: u64, read_only: bool) -> DiskId {
+    pub fn add_disk(&mut self, plan: &DiskPlan) -> DiskId {
         // Every request of a queue of 32 may be a flush; more queues make the tables grow once.
-        let disk = Disk::new(file, size_sectors, read_only, 32);
-        DiskId(place_in(&mut self.disks, disk))
+        DiskId(place_in(&mut self.disks, Disk::new(plan, 32)))
     }
 
     /// Removes a disk that no queue uses, and closes its image.
@@ -237,7 +267,8 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         // A fresh ring has answered nothing, so this is where it starts too; and a frontend that does not wait for state
         // 4 may have been served by a predecessor that died before it wrote it.
         let ring = BackRing::resume(shared, plan.abi, u32::try_from(owed.len()).unwrap_or(0));
-        let mut queue = Queue::new(disk.0, plan.domain, port, ring, mapping, journal);
+        let guest = (plan.domain, self.guests.join(plan.domain));
+        let mut queue = Queue::new(disk.0, guest, port, ring, mapping, journal);
         let inherited = queue.inherit(&owed, plan.abi);
         let id = place_in(&mut self.queues, queue);
         self.names.resize(self.queues.len(), String::new());
@@ -280,10 +311,11 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         !self.ready.is_empty() || self.scratch.has_flushes()
     }
 
-    /// When [`Pump::turn`] wants to be called though nothing happens: an event channel's delay ends.
+    /// When [`Pump::turn`] wants to be called though nothing happens: an event channel's delay ends, or
+    /// those behind the first in line for memory may pass.
     #[must_use]
     pub fn deadline(&self) -> Option<Duration> {
-        self.delayed.iter().map(|(deadline, _)| *deadline).min()
+        self.delayed.iter().map(|(deadline, _)| *deadline).chain(self.line_deadline()).min()
     }
 
     fn queue(&mut self, id: u32) -> Option<&mut Queue> {

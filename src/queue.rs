@@ -5,13 +5,15 @@
 
 use std::time::Duration;
 
-use rings::{Abi, BackRing, Operation, Overrun, Request, Slot, Status};
+use rings::{Abi, BackRing, Operation, Overrun, Request, Segments, Slot, Status};
 
-use crate::buffers::Span;
+use crate::buffers::Pool;
 use crate::disk::Epoch;
 use crate::hypervisor::{CopyDirection, CopySegment, DomainId, Port, RingMapping};
 use crate::journal::{Journal, Owed};
 use crate::limits::{EVENT_DELAY_MAX, EVENT_DELAY_MIN, IDLE_EVENTS_FREE};
+use crate::pump::Held;
+use crate::storage::StorageError;
 
 /// Where a request in flight stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,9 +32,13 @@ pub(crate) enum Stage {
 #[derive(Clone, Debug)]
 pub(crate) struct InFlight {
     pub(crate) request: Request,
-    pub(crate) span: Span,
+    pub(crate) held: Held,
     pub(crate) stage: Stage,
     pub(crate) epoch: Option<Epoch>,
+    /// Transfers that storage has not answered.
+    pub(crate) transfers: u8,
+    /// The first error that one of them met.
+    pub(crate) error: Option<StorageError>,
 }
 
 /// What the guest did that a frontend must not do. Named for the log; the guest itself sees an error status.
@@ -105,6 +111,7 @@ impl Counters {
                 self.flushes += 1;
                 self.written_bytes += bytes;
             }
+            Operation::Barrier | Operation::Discard => {}
         }
     }
 }
@@ -124,6 +131,8 @@ pub(crate) enum Intake {
 pub struct Queue {
     pub(crate) disk: u32,
     pub(crate) domain: DomainId,
+    /// The guest's number where its memory is counted.
+    pub(crate) guest: u32,
     pub(crate) port: Port,
     /// Gone when the guest is gone and only storage keeps the queue alive.
     pub(crate) ring: Option<BackRing>,
@@ -153,7 +162,7 @@ impl Queue {
     /// A queue over an attached ring. `owed` are the requests that a predecessor took; the ring counts them as taken.
     pub(crate) fn new(
         disk: u32,
-        domain: DomainId,
+        (domain, guest): (DomainId, u32),
         port: Port,
         ring: BackRing,
         mapping: RingMapping,
@@ -164,6 +173,7 @@ impl Queue {
         Queue {
             disk,
             domain,
+            guest,
             port,
             ring: Some(ring),
             mapping: Some(mapping),
@@ -211,7 +221,8 @@ impl Queue {
     /// Puts a well-formed request into its place.
     pub(crate) fn keep(&mut self, place: u16, request: Request, stage: Stage) {
         if let Some(entry) = self.in_flight.get_mut(usize::from(place)) {
-            *entry = Some(InFlight { request, span: Span::EMPTY, stage, epoch: None });
+            let (held, epoch) = (Held::NONE, None);
+            *entry = Some(InFlight { request, held, stage, epoch, transfers: 0, error: None });
         }
     }
 
@@ -233,15 +244,15 @@ impl Queue {
     }
 
     /// Answers a request and forgets it. The answer is visible after [`Queue::publish`]. Returns its memory.
-    pub(crate) fn answer(&mut self, place: u16, status: Status) -> Span {
+    pub(crate) fn answer(&mut self, place: u16, status: Status) -> Held {
         let Some(one) = self.in_flight.get_mut(usize::from(place)).and_then(Option::take) else {
-            return Span::EMPTY;
+            return Held::NONE;
         };
         if status == Status::Okay {
             self.counters.count(&one.request);
         }
         self.respond(place, one.request.id, response_operation(one.request.operation), status);
-        one.span
+        one.held
     }
 
     /// Answers a slot that was filed and never became a request.
@@ -277,23 +288,37 @@ impl Queue {
         notify
     }
 
-    /// The copies that move a request's data, appended to `segments`.
-    pub(crate) fn copies(&self, place: u16, direction: CopyDirection, segments: &mut Vec<CopySegment>) {
+    /// The copies that move a request's data, appended to `segments`. `pool` is where its descriptors were copied to.
+    pub(crate) fn copies(
+        &self,
+        place: u16,
+        direction: CopyDirection,
+        pool: &Pool,
+        segments: &mut Vec<CopySegment>,
+    ) {
         let Some(one) = self.in_flight.get(usize::from(place)).and_then(Option::as_ref) else { return };
         let mut at = 0;
-        for segment in &one.request.segments {
-            let length = u32::from(segment.length_bytes());
-            let Some(local) = one.span.part(at, length) else { return };
-            segments.push(CopySegment {
-                domain: self.domain,
-                grant: segment.grant,
-                offset_bytes: segment.offset_bytes(),
-                local,
-                direction,
-                copied: false,
-            });
-            at += length;
+        for segment in one.request.segments.iter(pool.bytes(one.held.descriptors)) {
+            let mut offset_bytes = segment.offset_bytes();
+            let end = at + u32::from(segment.length_bytes());
+            while at < end {
+                // A segment may lie across the end of a piece.
+                let Some(local) = one.held.part(at, end - at) else { return };
+                let (domain, grant) = (self.domain, segment.grant);
+                segments.push(CopySegment { domain, grant, offset_bytes, local, direction, copied: false });
+                at += local.length_bytes();
+                offset_bytes += u16::try_from(local.length_bytes()).unwrap_or(0);
+            }
         }
+    }
+
+    /// The copy that fetches the descriptors of an indirect request.
+    pub(crate) fn descriptor_copy(&self, place: u16) -> Option<CopySegment> {
+        let one = self.in_flight.get(usize::from(place)).and_then(Option::as_ref)?;
+        let Segments::Indirect(indirect) = &one.request.segments else { return None };
+        let (domain, grant, local) = (self.domain, indirect.grant, one.held.descriptors);
+        let direction = CopyDirection::FromGuest;
+        Some(CopySegment { domain, grant, offset_bytes: 0, local, direction, copied: false })
     }
 
     /// A look at the ring found requests: events before it were no storm.
@@ -322,5 +347,7 @@ fn response_operation(operation: Operation) -> u8 {
         Operation::Read => rings::request::operation::READ,
         Operation::Write => rings::request::operation::WRITE,
         Operation::Flush => rings::request::operation::FLUSH,
+        Operation::Barrier => rings::request::operation::BARRIER,
+        Operation::Discard => rings::request::operation::DISCARD,
     }
 }

@@ -9,11 +9,11 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use rings::request::operation::{READ, WRITE};
-use rings::{Abi, FrontRing, Segment, SharedPages};
+use rings::{Abi, FrontRing, Offers, Segment, SharedPages};
 use vbdd::buffers::Pool;
 use vbdd::hypervisor::{CopySegment, DomainId, GrantRef, Hypervisor, HypervisorError, Port, RingMapping};
 use vbdd::journal::{JournalStore, Memory};
-use vbdd::pump::{Pump, RingPlan};
+use vbdd::pump::{DiskPlan, Pump, RingPlan};
 use vbdd::storage::{Access, Done, FileId, Io, OpenError, Opened, Storage};
 use world::memory::GuestMemory;
 
@@ -113,7 +113,8 @@ fn no_request_allocates_at_steady_state() {
     let mut front = FrontRing::create(unsafe { SharedPages::new(guest.page(0), 1) }, Abi::X86_64);
     let storage = Inline { pool: Pool::new(4 << 20).unwrap(), running: VecDeque::with_capacity(64) };
     let mut pump = Pump::new(Bare(guest), storage, Box::new(OneJournal(Box::new(Room([0; 4 * 4096])))));
-    let disk = pump.add_disk(FileId(0), 1 << 20, false);
+    let offers = Offers { indirect_segments: 256, ..Offers::NONE };
+    let disk = pump.add_disk(&DiskPlan { offers, ..DiskPlan::new(FileId(0), 1 << 20, false) });
     let plan = RingPlan {
         domain: 1,
         grants: vec![8],

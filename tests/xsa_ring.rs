@@ -14,7 +14,7 @@ use hostile_support::lines;
 use hostile_support::puppet::{DOMAIN, Meddler, Puppet};
 use host::Host;
 use rings::request::operation::{BARRIER, DISCARD, FLUSH, INDIRECT, READ, WRITE};
-use rings::{Abi, BackRing, FrontRing, LARGEST_STRIDE, Segment, SharedPages};
+use rings::{Abi, BackRing, FrontRing, LARGEST_STRIDE, Offers, Segment, SharedPages};
 use vbdd::storage::Storage as _;
 use world::Faults;
 use world::guest::Habits;
@@ -164,11 +164,11 @@ fn xsa_155_a_slot_rewritten_by_another_processor_is_parsed_from_one_copy() {
                 let _ = front.publish();
                 back.look().unwrap();
                 let slot = back.take().unwrap();
-                let (one, two) = (slot.parse(), slot.parse());
+                let (one, two) = (slot.parse(&Offers::NONE), slot.parse(&Offers::NONE));
                 assert_eq!(one, two, "two readings of one slot differ");
                 if let Ok(request) = one {
                     parsed += 1;
-                    assert!(request.segments.iter().all(|it| it.first <= it.last && it.last <= 7));
+                    assert!(request.segments.iter(&[]).all(|it| it.first <= it.last && it.last <= 7));
                     assert_eq!(request.id, slot.id());
                 }
                 assert!(back.respond(slot.id(), slot.response_operation(), rings::Status::Error));

@@ -19,7 +19,7 @@ use machine::{GuestMemory, LocalHypervisor, Timed};
 use measure::{CALLS, Call, Clock, Stage};
 use rings::Abi;
 use vbdd::journal::JournalDirectory;
-use vbdd::pump::{Pump, RingPlan};
+use vbdd::pump::{DiskPlan, Pump, RingPlan};
 use vbdd::reactor::{Reactor, Ready, Waiting};
 use vbdd::storage::engine::EngineChoice;
 use vbdd::storage::linux::{LinuxStorage, Options};
@@ -129,7 +129,7 @@ impl Process {
         let mut guests = Vec::new();
         for number in 0..plan.disks {
             let file = if number == 0 { opened } else { open(&mut pump.storage, &plan.file, access)? };
-            let disk = pump.add_disk(file.file, file.size_bytes / 512, !plan.write);
+            let disk = pump.add_disk(&DiskPlan::new(file.file, file.size_bytes / 512, !plan.write));
             let first = u32::try_from(number * habit.guest_pages()).map_err(text)?;
             guests.push(Guest::new(memory, first, habit).ok_or("no guest memory")?);
             let plan = RingPlan {

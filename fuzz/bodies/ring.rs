@@ -1,5 +1,5 @@
 //! A ring page of any bytes, rewritten while it is read: the backend's end must stay within the ring's arithmetic.
-use rings::{Abi, BackRing, SharedPages, Status};
+use rings::{Abi, BackRing, Offers, SharedPages, Status};
 
 #[repr(align(4096))]
 struct Page([u8; 4096]);
@@ -19,8 +19,10 @@ pub fn play(data: &[u8]) {
             0 => drop(ring.look()),
             1 => {
                 if let Some(slot) = ring.take() {
-                    if let Ok(request) = slot.parse() {
-                        assert!(request.segments.len() <= 11 && request.length_bytes() <= 11 * 4096);
+                    let offers = Offers { indirect_segments: 256, barrier: true, discard: true };
+                    if let Ok(mut request) = slot.parse(&offers) {
+                        let _ = request.describe(bytes);
+                        assert!(request.segments.iter(bytes).count() <= 256 && request.length_bytes() <= 1 << 20);
                         let _ = request.check_range(u64::from(*step) << 4);
                     }
                 }

@@ -40,6 +40,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         open.starved = false;
         open.ring = None;
         let mapping = open.mapping.take();
+        self.forget_copies(id);
         while let Some(place) = self.queue(id).and_then(|open| open.next_starved()) {
             self.finish(id, place, Status::Error);
         }
@@ -47,6 +48,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             self.hypervisor.unmap(mapping);
         }
         self.starved.retain(|starved| *starved != id);
+        self.first_in_line = self.first_in_line.filter(|(first, _)| *first != id);
         self.list(id);
     }
 
@@ -58,6 +60,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             return false;
         }
         let Some(mut open) = self.queues.get_mut(id as usize).and_then(Option::take) else { return false };
+        self.guests.leave(open.guest);
         // The ring goes before its pages.
         open.ring = None;
         if let Some(mapping) = open.mapping.take() {

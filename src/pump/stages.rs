@@ -24,12 +24,31 @@ struct Batch {
     requests: Vec<Copying>,
 }
 
+impl Batch {
+    /// Takes the requests of a queue out; their places go to `dropped`.
+    fn forget(&mut self, queue: u32, dropped: &mut Vec<u16>) {
+        let (mut from, segments) = (0, &mut self.segments);
+        self.requests.retain(|request| {
+            let to = from + usize::from(request.segments);
+            if request.queue != queue {
+                from = to;
+                return true;
+            }
+            segments.drain(from..to.min(segments.len()));
+            dropped.push(request.place);
+            false
+        });
+    }
+}
+
 /// Tables that every turn uses again.
 #[derive(Debug, Default)]
 pub(super) struct Scratch {
     pub(super) ports: Vec<Port>,
     pub(super) unmask: Vec<Port>,
     pub(super) resting: Vec<u32>,
+    /// Descriptors of indirect requests.
+    described: Batch,
     incoming: Batch,
     outgoing: Batch,
     served: Vec<u64>,
@@ -71,15 +90,23 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
     }
 
     fn transfer_done(&mut self, id: u32, place: u16, done: &Done) {
-        self.end_epoch(id, place);
         let Some(queue) = self.queue(id) else { return };
         let has_ring = queue.ring.is_some();
         let Some(one) = queue.in_flight(place) else { return };
+        one.transfers = one.transfers.saturating_sub(1);
+        if let (Err(error), None) = (&done.result, &one.error) {
+            one.error = Some(error.clone());
+        }
+        if one.transfers > 0 {
+            return;
+        }
+        let result = one.error.take().map_or(Ok(()), Err);
         let (operation, sector) = (one.request.operation, one.request.sector);
-        match (&done.result, operation) {
+        self.end_epoch(id, place);
+        match (result, operation) {
             (Err(error), _) => {
                 let what = if operation == Operation::Read { "read" } else { "write" };
-                self.storage_failed(id, what, sector, error.clone());
+                self.storage_failed(id, what, sector, error);
                 self.finish(id, place, Status::Error);
             }
             (Ok(()), Operation::Read) if has_ring => self.queue_copy(id, place, CopyDirection::ToGuest),
@@ -95,16 +122,63 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         self.report(PumpEvent::StorageFailed(QueueId(id), failure));
     }
 
-    fn queue_copy(&mut self, id: u32, place: u16, direction: CopyDirection) {
+    pub(super) fn queue_copy(&mut self, id: u32, place: u16, direction: CopyDirection) {
         let Some(queue) = self.queues.get(id as usize).and_then(Option::as_ref) else { return };
         let batch = match direction {
             CopyDirection::FromGuest => &mut self.scratch.incoming,
             CopyDirection::ToGuest => &mut self.scratch.outgoing,
         };
         let before = batch.segments.len();
-        queue.copies(place, direction, &mut batch.segments);
+        queue.copies(place, direction, self.storage.buffers(), &mut batch.segments);
         let segments = u16::try_from(batch.segments.len() - before).unwrap_or(0);
         batch.requests.push(Copying { queue: id, place, segments });
+    }
+
+    /// Has the descriptors of an indirect request copied in the next batch of them.
+    pub(super) fn fetch_descriptors(&mut self, id: u32, place: u16) {
+        let Some(queue) = self.queues.get(id as usize).and_then(Option::as_ref) else { return };
+        let Some(copy) = queue.descriptor_copy(place) else { return };
+        self.scratch.described.segments.push(copy);
+        self.scratch.described.requests.push(Copying { queue: id, place, segments: 1 });
+    }
+
+    /// Fetches the descriptors of all indirect requests of this round from the guests, and reads them from the copy.
+    pub(super) fn describe(&mut self) -> bool {
+        let mut batch = std::mem::take(&mut self.scratch.described);
+        let progress = !batch.requests.is_empty();
+        self.run_batch(&mut batch, |pump, queue, place, failed| match failed {
+            None => pump.described(queue, place),
+            Some(grant) => pump.bad_grant(queue, place, grant),
+        });
+        self.scratch.described = batch;
+        progress
+    }
+
+    fn described(&mut self, id: u32, place: u16) {
+        let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return };
+        let Some(disk) = self.disks.get(queue.disk as usize).and_then(Option::as_ref) else { return };
+        let Some(one) = queue.in_flight(place) else { return };
+        let described = one.request.describe(self.storage.buffers().bytes(one.held.descriptors));
+        let size_sectors = disk.image.geometry().sectors;
+        if let Err(refusal) = described.and_then(|()| one.request.check_range(size_sectors)) {
+            queue.counters.refused += 1;
+            self.report(PumpEvent::Misbehaved(QueueId(id), FrontendMisbehaved::BadRequest(refusal)));
+            return self.finish(id, place, refusal.status());
+        }
+        self.shorten(id, place);
+        self.move_data(id, place);
+    }
+
+    /// Drops the copies that a queue has ordered and not got: its guest is gone.
+    pub(super) fn forget_copies(&mut self, id: u32) {
+        let scratch = &mut self.scratch;
+        let mut dropped = Vec::new();
+        for batch in [&mut scratch.described, &mut scratch.incoming, &mut scratch.outgoing] {
+            batch.forget(id, &mut dropped);
+        }
+        for place in dropped {
+            self.finish(id, place, Status::Error);
+        }
     }
 
     /// Copies a batch, and calls `then` for each of its requests with the grant that failed, if one did.
@@ -165,57 +239,36 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         self.finish(id, place, Status::Error);
     }
 
-    /// Finds memory for a request's data and sends it on; without memory it stays starved. Where others wait already, it
-    /// waits behind them: small requests would take what a large one needs, page by page, for ever.
-    pub(super) fn start(&mut self, id: u32, place: u16) {
-        let first = self.starved.is_empty();
-        self.try_start(id, place, first);
-    }
-
-    pub(super) fn try_start(&mut self, id: u32, place: u16, allowed: bool) {
-        let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return };
-        let Some(one) = queue.in_flight(place) else { return };
-        let length = one.request.length_bytes();
-        let span = if allowed { self.storage.buffers().alloc(length) } else { None };
-        let Some(span) = span else {
-            one.stage = Stage::Starved;
-            if !queue.starved {
-                queue.starved = true;
-                self.starved.push_back(id);
-            }
-            return;
-        };
-        one.span = span;
-        one.stage = Stage::Storage;
-        if one.request.operation == Operation::Read {
-            self.queue_transfer(id, place, IoKind::Read);
-        } else {
-            self.queue_copy(id, place, CopyDirection::FromGuest);
-        }
-    }
-
-    fn queue_transfer(&mut self, id: u32, place: u16, kind: IoKind) {
+    /// Hands a request's data to storage, a transfer for each piece.
+    pub(super) fn queue_transfer(&mut self, id: u32, place: u16, kind: IoKind) {
         let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return };
         let Some(disk) = self.disks.get(queue.disk as usize).and_then(Option::as_ref) else { return };
         let Some(one) = queue.in_flight(place) else { return };
-        let sectors = u64::from(one.request.length_bytes()) / rings::SECTOR_BYTES;
+        let extent = Extent { sector: one.request.sector, sectors: one.request.sectors };
         // The range was checked when the request was taken; a disk that has shrunk since refuses it here.
-        let run = disk.image.map(Extent { sector: one.request.sector, sectors });
-        let Ok(Run { place: Place::Data { offset_bytes }, .. }) = run else {
+        let Ok(Run { place: Place::Data { offset_bytes }, .. }) = disk.image.map(extent) else {
             return self.finish(id, place, Status::Error);
         };
         let token = Token::Request { queue: id, place }.encode();
-        self.storage.queue(Io { token, file: disk.file, kind, offset_bytes, span: one.span });
+        let (length, mut at) = (one.request.length_bytes(), 0);
+        while let Some(span) = one.held.part(at, length - at).filter(|span| span.length_bytes() > 0) {
+            let offset_bytes = offset_bytes + u64::from(at);
+            self.storage.queue(Io { token, file: disk.file, kind, offset_bytes, span });
+            one.transfers += 1;
+            at += span.length_bytes();
+        }
+        if one.transfers == 0 {
+            self.finish(id, place, Status::Error);
+        }
     }
 
     /// Answers a request and gives its memory back.
     pub(super) fn finish(&mut self, id: u32, place: u16, status: Status) {
         self.end_epoch(id, place);
         let Some(queue) = self.queue(id) else { return };
-        let span = queue.answer(place, status);
-        if span != Span::EMPTY {
-            self.storage.buffers().free(span);
-        }
+        let guest = queue.guest;
+        let held = queue.answer(place, status);
+        self.release(guest, held);
         self.touch(id);
     }
 

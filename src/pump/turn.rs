@@ -30,10 +30,12 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
     /// Does all that can be done without waiting. `now` is any clock that does not go back. True when there is more to
     /// do at once: the caller looks at its other duties and comes back.
     pub fn turn(&mut self, now: Duration) -> bool {
+        self.now = now;
         self.end_delays(now);
         for _ in 0..ROUNDS_PER_TURN {
             let mut progress = self.feed_starved();
             progress |= self.take_requests(now);
+            progress |= self.describe();
             progress |= self.copy_in();
             self.start_flushes();
             self.storage.submit();
@@ -128,7 +130,8 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         let disk_id = queue.disk;
         let Some(disk) = self.disks.get_mut(disk_id as usize).and_then(Option::as_mut) else { return };
         let size_sectors = disk.image.geometry().sectors;
-        let parsed = slot.parse().and_then(|request| request.check_range(size_sectors).map(|()| request));
+        let parsed = slot.parse(&disk.offers);
+        let parsed = parsed.and_then(|request| request.check_range(size_sectors).map(|()| request));
         let request = match parsed {
             Ok(request) => request,
             Err(refusal) => {
@@ -141,7 +144,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
                 );
             }
         };
-        let (operation, has_data) = (request.operation, !request.segments.is_empty());
+        let (operation, has_data) = (request.operation, request.has_data());
         if disk.read_only && has_data && operation != Operation::Read {
             return self.refuse(id, place, slot, Status::Error, FrontendMisbehaved::WriteToReadOnly);
         }
@@ -160,6 +163,10 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
                 disk.flush_begins(Token::Request { queue: id, place }.encode());
                 self.scratch.look_at(disk_id);
             }
+            Operation::Barrier | Operation::Discard => {
+                let refusal = rings::Refusal::Unsupported(slot.operation());
+                self.refuse(id, place, slot, Status::Unsupported, FrontendMisbehaved::BadRequest(refusal));
+            }
         }
     }
 
@@ -169,27 +176,6 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         }
         self.touch(id);
         self.report(PumpEvent::Misbehaved(QueueId(id), misdeed));
-    }
-
-    /// Tries again for the requests that found no memory. Queues take their turns.
-    fn feed_starved(&mut self) -> bool {
-        let mut progress = false;
-        while let Some(id) = self.starved.pop_front() {
-            if let Some(queue) = self.queue(id) {
-                queue.starved = false;
-            }
-            while let Some(place) = self.queue(id).and_then(|queue| queue.next_starved()) {
-                self.try_start(id, place, true);
-                if self.queue(id).is_some_and(|queue| queue.starved) {
-                    // Nobody overtakes the first in the line.
-                    self.starved.rotate_right(1);
-                    return progress;
-                }
-                progress = true;
-            }
-            self.list(id);
-        }
-        progress
     }
 
     /// Makes answers visible and tells the guests.

@@ -3,7 +3,8 @@
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::rc::Rc;
 
-use vbdd::pump::{DiskId, Pump, PumpEvent, QueueId, RingPlan};
+use rings::Offers;
+use vbdd::pump::{DiskId, DiskPlan, Pump, PumpEvent, QueueId, RingPlan};
 use vbdd::storage::Storage;
 
 use super::hypervisor::SimXen;
@@ -45,6 +46,8 @@ pub struct Backend {
     pub pump: Option<SimPump>,
     pub disks: Vec<DiskId>,
     pub pool_bytes: usize,
+    /// What every disk offers.
+    pub offers: Offers,
     again: bool,
     /// Turns since the world began, and the most calls that one of them made.
     pub turns: u64,
@@ -64,6 +67,7 @@ impl Backend {
             pump: None,
             disks: Vec::new(),
             pool_bytes,
+            offers: Offers { indirect_segments: 256, ..Offers::NONE },
             again: false,
             turns: 0,
             calls_per_turn_max: 0,
@@ -112,7 +116,7 @@ impl Backend {
     /// Starts a process that takes over what is live and attaches what is new. False if it died of it.
     pub fn start(&mut self) -> bool {
         assert!(self.pump.is_none());
-        let (shared, pool_bytes) = (self.shared.clone(), self.pool_bytes);
+        let (shared, pool_bytes, offers) = (self.shared.clone(), self.pool_bytes, self.offers);
         self.mortal(|backend| {
             let storage = SimStorage::new(shared.clone(), pool_bytes);
             let journals = Box::new(SimJournals(shared.clone()));
@@ -121,7 +125,9 @@ impl Backend {
                 let vbd = backend.vbds[at].clone();
                 let pump = backend.pump.as_mut().unwrap();
                 let file = pump.storage.open_image(vbd.image);
-                backend.disks.push(pump.add_disk(file, vbd.sectors, vbd.read_only));
+                backend.disks.push(
+                    pump.add_disk(&DiskPlan { offers, ..DiskPlan::new(file, vbd.sectors, vbd.read_only) }),
+                );
             }
             for at in 0..backend.lines.len() {
                 backend.attach(at);

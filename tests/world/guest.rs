@@ -38,6 +38,9 @@ pub struct Habits {
     pub whole_pages: bool,
     /// Segments of a request, at most.
     pub segments_max: u64,
+    /// How many of 16 reads and writes are indirect, and their segments at most. A guest with fewer frames sends none.
+    pub indirect: u64,
+    pub indirect_max: u64,
     /// Numerators over 16: reads, flushes without and with data, operations that are not offered. The rest are writes.
     pub reads: u64,
     pub flushes: u64,
@@ -59,6 +62,8 @@ impl Habits {
             segments_min: 1,
             whole_pages: false,
             segments_max: 11,
+            indirect: 4,
+            indirect_max: 24,
             reads: 6,
             flushes: 1,
             flushes_with_data: 1,
@@ -83,6 +88,8 @@ struct Pending {
     sector: u64,
     count: u64,
     segments: Vec<(Segment, usize)>,
+    /// The page of descriptors: granted until the answer comes.
+    descriptors: Option<(GrantRef, usize)>,
     sent_us: u64,
 }
 
@@ -224,12 +231,13 @@ impl SaneGuest {
         let (with_data, odd) = (falls(habits.flushes_with_data), falls(habits.odd));
         let is_read = reads || (model.read_only && !flushes && !odd);
         let queue = &mut self.queues[n];
-        let pages = if flushes || odd {
-            0
-        } else {
-            habits.segments_min + shared.below(habits.segments_max - habits.segments_min + 1)
+        let indirect = !flushes && !odd && !with_data && shared.chance(habits.indirect, 16);
+        let pages = match (flushes || odd, indirect) {
+            (true, _) => 0,
+            (_, true) => 1 + shared.below(habits.indirect_max.min(model.size() / 8)),
+            (_, false) => habits.segments_min + shared.below(habits.segments_max - habits.segments_min + 1),
         };
-        if queue.free.len() < pages as usize {
+        if queue.free.len() < pages as usize + usize::from(indirect) {
             return false;
         }
         let shape: Vec<(u8, u8)> = (0..pages).map(|_| shape_of_page(habits.whole_pages, shared)).collect();
@@ -268,10 +276,24 @@ impl SaneGuest {
         queue.left -= 1;
         let id = 0xFFFF_8880_0000_0000 | (queue.sent << 4);
         let slots: Vec<Segment> = segments.iter().map(|(segment, _)| *segment).collect();
-        queue.front.write(op, id, sector, &slots, slots.len() as u8);
+        let mut descriptors = None;
+        if indirect {
+            let frame = queue.free.pop().unwrap();
+            self.memory.write(frame, 0, &[0xEE; 4096]);
+            for (n, segment) in slots.iter().enumerate() {
+                self.memory.write(frame, n * 8, &segment.to_bytes());
+            }
+            let grant = shared.xen.borrow_mut().grant(habits.domain, frame, true);
+            queue.front.write_indirect(op, id, sector, slots.len() as u16, &[grant]);
+            descriptors = Some((grant, frame));
+        } else {
+            queue.front.write(op, id, sector, &slots, slots.len() as u8);
+        }
         shared.note("sent", id, u64::from(op));
         let sent_us = shared.clock.now_us();
-        queue.pending.insert(id, Pending { operation: op, want, sector, count, segments, sent_us });
+        queue
+            .pending
+            .insert(id, Pending { operation: op, want, sector, count, segments, descriptors, sent_us });
         true
     }
 
@@ -292,8 +314,9 @@ impl SaneGuest {
             shared.fail(format!("guest {domain}, {pending:?}, answered {}: {what}", response.status));
         }
         let queue = &mut self.queues[n];
-        for (segment, frame) in pending.segments {
-            shared.xen.borrow_mut().revoke(domain, segment.grant);
+        let pages = pending.segments.iter().map(|(segment, frame)| (segment.grant, *frame));
+        for (grant, frame) in pages.chain(pending.descriptors) {
+            shared.xen.borrow_mut().revoke(domain, grant);
             queue.free.push(frame);
         }
     }
@@ -354,7 +377,8 @@ impl SaneGuest {
         let mut xen = shared.xen.borrow_mut();
         xen.failed_copies.retain(|failed| {
             let hit = failed.domain == self.habits.domain
-                && pending.segments.iter().any(|(segment, _)| segment.grant == failed.grant);
+                && (pending.segments.iter().any(|(segment, _)| segment.grant == failed.grant)
+                    || pending.descriptors.is_some_and(|(grant, _)| grant == failed.grant));
             if hit {
                 cause = Some(failed.certain || cause == Some(true));
             }

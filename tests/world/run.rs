@@ -244,6 +244,8 @@ pub fn sane_world(seed: u64, requests: u32) -> World {
             frames: [40, 360][shared.index(2)],
             depth: [1, 4, 32, 128][shared.index(4)],
             segments_max: 1 + shared.below(11),
+            indirect: [0, 4, 12][shared.index(3)],
+            indirect_max: 1 + shared.below(60),
             reads: shared.below(12),
             flushes: shared.below(4),
             flushes_with_data: shared.below(3),

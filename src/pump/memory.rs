@@ -1,0 +1,295 @@
+//! Memory for requests in flight: who may have how much of it, and who waits.
+//!
+//! A request gets all the memory that it will need at once, or none, so that two of them never wait for each other. It
+//! is had in pieces, so that a request of 1 MiB needs no megabyte in a row.
+
+use std::time::Duration;
+
+use rings::{Segments, Status};
+
+use super::Pump;
+use crate::buffers::{Pool, SPAN_BYTES_MAX, Span};
+use crate::hypervisor::{CopyDirection, DomainId, Hypervisor};
+use crate::limits::STARVED_PATIENCE;
+use crate::queue::Stage;
+use crate::storage::{IoKind, Storage};
+
+/// Length of all pieces but the last, in bytes.
+pub(crate) const PIECE_BYTES: u32 = 128 << 10;
+
+/// Pieces of the longest request.
+const PIECES_MAX: usize = 8;
+
+const _: () = assert!(PIECE_BYTES as usize * PIECES_MAX >= rings::INDIRECT_SEGMENTS_MAX as usize * 4096);
+const _: () = assert!(PIECE_BYTES <= SPAN_BYTES_MAX);
+
+/// The memory of one request.
+#[derive(Clone, Debug)]
+pub(crate) struct Held {
+    pieces: [Span; PIECES_MAX],
+    count: u8,
+    /// The private copy of an indirect request's descriptors.
+    pub(crate) descriptors: Span,
+}
+
+impl Held {
+    pub(crate) const NONE: Held =
+        Held { pieces: [Span::EMPTY; PIECES_MAX], count: 0, descriptors: Span::EMPTY };
+
+    /// Memory for `length` bytes of data, and for `descriptors` bytes beside it. All of it or nothing.
+    fn alloc(pool: &mut Pool, length: u32, descriptors: u32) -> Option<Held> {
+        let mut held = Held::NONE;
+        let mut left = length;
+        while left > 0 {
+            let part = left.min(PIECE_BYTES);
+            match (pool.alloc(part), held.pieces.get_mut(usize::from(held.count))) {
+                (Some(span), Some(piece)) => *piece = span,
+                (span, _) => {
+                    span.map(|span| pool.free(span));
+                    held.free(pool);
+                    return None;
+                }
+            }
+            held.count += 1;
+            left -= part;
+        }
+        if descriptors > 0 {
+            match pool.alloc(descriptors) {
+                Some(span) => held.descriptors = span,
+                None => {
+                    held.free(pool);
+                    return None;
+                }
+            }
+        }
+        Some(held)
+    }
+
+    /// Gives all of it back.
+    fn free(&mut self, pool: &mut Pool) {
+        self.shorten(pool, 0);
+        if self.descriptors != Span::EMPTY {
+            pool.free(self.descriptors);
+        }
+        *self = Held::NONE;
+    }
+
+    /// Gives back the pieces that `length` bytes do not need.
+    fn shorten(&mut self, pool: &mut Pool, length: u32) {
+        while u32::from(self.count.saturating_sub(1)) * PIECE_BYTES >= length && self.count > 0 {
+            self.count -= 1;
+            if let Some(piece) = self.pieces.get_mut(usize::from(self.count)) {
+                pool.free(std::mem::replace(piece, Span::EMPTY));
+            }
+        }
+    }
+
+    /// What of `length` bytes from `at` on lies in one piece; `None` past the end.
+    pub(crate) fn part(&self, at: u32, length: u32) -> Option<Span> {
+        let (piece, from) = (at / PIECE_BYTES, at % PIECE_BYTES);
+        let span = self.pieces.get(piece as usize).filter(|_| piece < self.count.into())?;
+        span.part(from, length.min(PIECE_BYTES - from))
+    }
+
+    /// What the pool counts for it, in bytes.
+    fn bytes(&self) -> u64 {
+        let spans = self.pieces.iter().chain([&self.descriptors]);
+        spans.map(|span| u64::from(span.length_bytes()).next_multiple_of(4096)).sum()
+    }
+}
+
+/// What one guest holds of the memory that all share, over all its queues.
+#[derive(Clone, Copy, Debug)]
+struct Guest {
+    domain: DomainId,
+    queues: u32,
+    held_bytes: u64,
+}
+
+/// All guests that have a queue.
+#[derive(Debug, Default)]
+pub(super) struct Guests(Vec<Guest>);
+
+impl Guests {
+    /// Counts a queue of `domain`; the guest's number, until [`Guests::leave`].
+    pub(super) fn join(&mut self, domain: DomainId) -> u32 {
+        let known = self.0.iter().position(|guest| guest.domain == domain && guest.queues > 0);
+        let place = known.or_else(|| self.0.iter().position(|guest| guest.queues == 0));
+        let place = place.unwrap_or(self.0.len());
+        match self.0.get_mut(place) {
+            Some(guest) if known.is_some() => guest.queues += 1,
+            Some(guest) => *guest = Guest { domain, queues: 1, held_bytes: 0 },
+            None => self.0.push(Guest { domain, queues: 1, held_bytes: 0 }),
+        }
+        u32::try_from(place).unwrap_or(u32::MAX)
+    }
+
+    /// One of its queues is gone.
+    pub(super) fn leave(&mut self, guest: u32) {
+        if let Some(guest) = self.0.get_mut(guest as usize) {
+            guest.queues = guest.queues.saturating_sub(1);
+        }
+    }
+
+    /// True if the guest may hold `wanted` bytes more of the `free` ones: whoever holds some leaves at least as much free
+    /// as it then holds. So a guest whose disk hangs takes a part of what the others left, never all; see
+    /// `limits::DATA_MEMORY_BYTES`.
+    fn may_hold(&self, guest: u32, wanted: u64, free: u64) -> bool {
+        let held = self.0.get(guest as usize).map_or(0, |guest| guest.held_bytes);
+        held == 0 || held + wanted <= free.saturating_sub(wanted)
+    }
+
+    fn holds(&mut self, guest: u32, bytes: u64) {
+        if let Some(guest) = self.0.get_mut(guest as usize) {
+            guest.held_bytes += bytes;
+        }
+    }
+
+    fn gives_back(&mut self, guest: u32, bytes: u64) {
+        if let Some(guest) = self.0.get_mut(guest as usize) {
+            guest.held_bytes = guest.held_bytes.saturating_sub(bytes);
+        }
+    }
+}
+
+/// Why a request has no memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Lack {
+    /// There is too little, or somebody else is first in line.
+    Memory,
+    /// Its guest holds its share: what the guest has in flight must end first, and nobody waits for that but itself.
+    Share,
+}
+
+impl<H: Hypervisor, S: Storage> Pump<H, S> {
+    /// Finds memory for a request's data and sends it on; without memory it stays starved. Where somebody is first in
+    /// line, it waits behind: small requests would take what a large one needs, page by page, for ever.
+    pub(super) fn start(&mut self, id: u32, place: u16) {
+        let allowed = !self.line_is_blocked();
+        if self.try_start(id, place, allowed).is_some()
+            && let Some(queue) = self.queue(id)
+            && !queue.starved
+        {
+            queue.starved = true;
+            self.starved.push_back(id);
+        }
+    }
+
+    /// Whether the first in line keeps the others waiting. It does so for a time only: what it waits for may be held by
+    /// storage that never answers.
+    fn line_is_blocked(&self) -> bool {
+        self.first_in_line.is_some_and(|(_, since)| self.now < since + STARVED_PATIENCE)
+    }
+
+    /// When those behind the first in line may pass, if they wait.
+    pub(super) fn line_deadline(&self) -> Option<Duration> {
+        let (_, since) = self.first_in_line?;
+        (self.line_is_blocked() && self.starved.len() > 1).then_some(since + STARVED_PATIENCE)
+    }
+
+    fn try_start(&mut self, id: u32, place: u16, allowed: bool) -> Option<Lack> {
+        let queue = self.queues.get_mut(id as usize).and_then(Option::as_mut)?;
+        let guest = queue.guest;
+        let one = queue.in_flight(place)?;
+        let descriptors = match &one.request.segments {
+            Segments::Indirect(indirect) => indirect.descriptor_bytes(),
+            Segments::Direct(_) => 0,
+        };
+        let length = one.request.length_bytes();
+        let pool = self.storage.buffers();
+        let wanted = u64::from(length.next_multiple_of(4096) + descriptors.next_multiple_of(4096));
+        let capacity = pool.capacity_bytes() as u64;
+        if wanted > capacity {
+            self.finish(id, place, Status::Error);
+            return None;
+        }
+        if !self.guests.may_hold(guest, wanted, capacity - pool.used_bytes()) {
+            one.stage = Stage::Starved;
+            return Some(Lack::Share);
+        }
+        let held = if allowed { Held::alloc(pool, length, descriptors) } else { None };
+        let Some(held) = held else {
+            one.stage = Stage::Starved;
+            return Some(Lack::Memory);
+        };
+        self.guests.holds(guest, held.bytes());
+        one.held = held;
+        one.stage = Stage::Storage;
+        if descriptors > 0 {
+            self.fetch_descriptors(id, place);
+        } else {
+            self.move_data(id, place);
+        }
+        None
+    }
+
+    /// Starts to move the data of a request that has memory and whose segments are known.
+    pub(super) fn move_data(&mut self, id: u32, place: u16) {
+        let Some(one) = self.queue(id).and_then(|queue| queue.in_flight(place)) else { return };
+        if one.request.operation == rings::Operation::Read {
+            self.queue_transfer(id, place, IoKind::Read);
+        } else {
+            self.queue_copy(id, place, CopyDirection::FromGuest);
+        }
+    }
+
+    /// Gives back what a described request does not need.
+    pub(super) fn shorten(&mut self, id: u32, place: u16) {
+        let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return };
+        let guest = queue.guest;
+        let Some(one) = queue.in_flight(place) else { return };
+        let before = one.held.bytes();
+        one.held.shorten(self.storage.buffers(), one.request.length_bytes());
+        let given = before - one.held.bytes();
+        self.guests.gives_back(guest, given);
+    }
+
+    /// Takes the memory of a request back.
+    pub(super) fn release(&mut self, guest: u32, mut held: Held) {
+        let bytes = held.bytes();
+        if bytes > 0 {
+            held.free(self.storage.buffers());
+            self.guests.gives_back(guest, bytes);
+        }
+    }
+
+    /// Tries again for the requests that found no memory. Queues take their turns; nobody overtakes the first in line,
+    /// unless that one waits for its own share or has waited too long.
+    pub(super) fn feed_starved(&mut self) -> bool {
+        let mut progress = false;
+        let mut first = None;
+        for _ in 0..self.starved.len() {
+            let Some(id) = self.starved.pop_front() else { break };
+            match self.feed(id, first.is_none() || !self.line_is_blocked(), &mut progress) {
+                Some(lack) => {
+                    self.starved.push_back(id);
+                    if lack == Lack::Memory && first.is_none() {
+                        let since = self.first_in_line.filter(|(queue, _)| *queue == id);
+                        first = Some(since.unwrap_or((id, self.now)));
+                        self.first_in_line = first;
+                    }
+                }
+                None => {
+                    if let Some(queue) = self.queue(id) {
+                        queue.starved = false;
+                    }
+                    self.list(id);
+                }
+            }
+        }
+        self.first_in_line = first;
+        progress
+    }
+
+    /// Starts what a queue has waiting, until something still lacks memory.
+    fn feed(&mut self, id: u32, allowed: bool, progress: &mut bool) -> Option<Lack> {
+        while let Some(place) = self.queue(id).and_then(|queue| queue.next_starved()) {
+            let lack = self.try_start(id, place, allowed);
+            if lack.is_some() {
+                return lack;
+            }
+            *progress = true;
+        }
+        None
+    }
+}
