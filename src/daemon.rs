@@ -122,7 +122,8 @@ impl Daemon {
             PlaceOption::Auto => Place::DriverDomain,
         };
         info!("serving {} as domain {own_domain}, {place:?}", options.kinds.join(", "));
-        let vbd = Config { default_abi: options.default_abi, ..Config::new(own_domain, place) };
+        let mut vbd = Config::new(own_domain, place);
+        vbd.terms.default_abi = options.default_abi;
         let kinds = options.kinds.iter().filter_map(|name| Kind::from_name(name)).collect();
         let assume_clean = options.assume_clean;
         let options = Options { kinds, vbd };

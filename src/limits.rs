@@ -3,7 +3,13 @@
 use std::time::Duration;
 
 /// Pages of the largest ring that is mapped: order 4. One mapping request names them all.
-pub const RING_PAGES_MAX: usize = 16;
+pub const RING_PAGES_MAX: usize = 1 << RING_PAGE_ORDER_MAX;
+/// See [`RING_PAGES_MAX`].
+pub const RING_PAGE_ORDER_MAX: u8 = 4;
+
+/// Queues of one disk. 8 rings of 16 pages for each of 1 000 disks are 128 000 mapped grants, half of what the hypervisor's
+/// map track holds by default (1 024 frames of 256 entries).
+pub const QUEUES_MAX: u8 = 8;
 
 /// Requests that one queue may take before the next queue has its turn: one page's ring, so that a guest with a deeper
 /// ring cannot hold the others up longer than a guest with a plain one.

@@ -9,16 +9,18 @@
 mod action;
 mod address;
 mod decide;
+mod features;
 mod publish;
 mod view;
 mod world;
 
 pub use action::{
     Action, Actions, Config, ConnectError, ConnectPlan, Disconnect, ERROR_TEXT_MAX_BYTES, Event, Geometry,
-    Guard, Misdeed, Notice, Offered, OpenRequest, Place, Publication, QueuePlan, RingPlan, Script, Timer,
+    Guard, Misdeed, Notice, OpenRequest, Place, Publication, QueuePlan, RingPlan, Script, Timer,
 };
 pub use address::{Address, Kind};
-pub use world::{Key, Node, Side, World, keys};
+pub use features::{Discard, Features, Terms};
+pub use world::{FURTHER_KEYS_MAX, Key, Node, Side, World, further_keys, keys};
 
 use action::bounded;
 
@@ -44,7 +46,12 @@ enum Image {
 /// A ring that is mapped and served.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Serving {
-    plan: RingPlan,
+    /// As [`ConnectPlan::rings`].
+    rings: Vec<RingPlan>,
+    /// Which of them it is.
+    which: usize,
+    /// What it was connected with.
+    terms: Terms,
     /// State 4 was published for this ring.
     announced: bool,
     /// A predecessor served it.
@@ -82,7 +89,7 @@ enum InFlight {
 enum Attempt {
     Understand,
     Open(OpenRequest),
-    Connect(RingPlan),
+    Connect(Vec<RingPlan>),
 }
 
 /// The memory of a failed attempt: the same one is not made again without a reason.
@@ -116,6 +123,9 @@ pub struct Vbd {
     publishing: Option<InFlight>,
     image: Image,
     ring: Ring,
+    /// The last ring of several queues or pages that was given up: if its nodes still stand beside a plain ring, they
+    /// are leftovers.
+    given_up: Option<RingPlan>,
     setback: Option<Setback>,
     alarms: [Alarm; Timer::ALL.len()],
     /// A first read was decided on.
@@ -142,6 +152,7 @@ impl Vbd {
             publishing: None,
             image: Image::Closed,
             ring: Ring::Down,
+            given_up: None,
             setback: None,
             alarms: [Alarm::Off; Timer::ALL.len()],
             seen: false,
@@ -197,7 +208,7 @@ impl Vbd {
                     self.image = Image::Closed;
                 }
             }
-            Event::Connected => self.connected(),
+            Event::Connected(which) => self.connected(which),
             Event::ConnectFailed(error) => self.connect_failed(error),
             Event::Disconnected => {
                 if matches!(self.ring, Ring::Disconnecting(_)) {
@@ -295,10 +306,11 @@ impl Vbd {
         }
     }
 
-    fn connected(&mut self) {
-        let Ring::Connecting(serving) = std::mem::replace(&mut self.ring, Ring::Down) else {
+    fn connected(&mut self, which: usize) {
+        let Ring::Connecting(mut serving) = std::mem::replace(&mut self.ring, Ring::Down) else {
             return;
         };
+        serving.which = which;
         self.heir = self.heir && !serving.inherited;
         self.ring = Ring::Up(serving);
         self.setback = None;
@@ -308,7 +320,7 @@ impl Vbd {
         let Ring::Connecting(serving) = std::mem::replace(&mut self.ring, Ring::Down) else {
             return;
         };
-        let what = Attempt::Connect(serving.plan);
+        let what = Attempt::Connect(serving.rings);
         match error {
             // A ring that a predecessor served was good: what is wrong with it may pass.
             ConnectError::Misbehaved(misdeed) => {
@@ -372,8 +384,7 @@ impl Vbd {
     fn release(&mut self, how: Disconnect, actions: &mut Actions) -> bool {
         match &mut self.ring {
             Ring::Up(_) => {
-                self.ring = Ring::Disconnecting(how);
-                actions.push(Action::Disconnect(how));
+                self.give_up_ring(how, actions);
                 return false;
             }
             Ring::Disconnecting(under_way) => {
@@ -395,6 +406,17 @@ impl Vbd {
             Image::Opening(_) | Image::Closing => false,
             Image::Closed => true,
         }
+    }
+
+    fn give_up_ring(&mut self, how: Disconnect, actions: &mut Actions) {
+        if let Ring::Up(serving) = std::mem::replace(&mut self.ring, Ring::Disconnecting(how)) {
+            let mut rings = serving.rings;
+            if serving.which < rings.len() {
+                let ring = rings.swap_remove(serving.which);
+                self.given_up = Some(ring).filter(|ring| !ring.is_plain());
+            }
+        }
+        actions.push(Action::Disconnect(how));
     }
 
     /// On the way out for [`Event::Stop`]: nothing is written to xenstore, the ring is left to the successor.

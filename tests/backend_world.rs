@@ -4,6 +4,8 @@
 
 #[path = "backend_world/host.rs"]
 mod host;
+#[path = "backend_world/shapes.rs"]
+mod shapes;
 mod world;
 
 use std::time::Duration;

@@ -319,14 +319,32 @@ fn reads_that_are_torn() {
     assert_sound("driver domain, torn reads", Place::DriverDomain, Script::Ours, TORN);
 }
 
+/// Two queues, alone or beside the ring of an earlier frontend.
+const TWO_QUEUES: &[RingNodes] = &[RingNodes::A, RingNodes::Two, RingNodes::TwoAndA];
+
+#[test]
+fn two_queues_restarted() {
+    let freedom = Freedom { frontend_states: &[1, 3, 4, 6], rings: TWO_QUEUES, ..NO_FAILURES };
+    assert_sound("driver domain, two queues, restarts", Place::DriverDomain, Script::Ours, freedom);
+}
+
+#[test]
+fn two_queues_where_things_fail() {
+    let freedom = Freedom { rings: &[RingNodes::TwoAndA], ..NO_RESTARTS };
+    assert_sound("driver domain, two queues, failures", Place::DriverDomain, Script::Ours, freedom);
+}
+
 #[test]
 fn every_planted_bug_is_found() {
-    let sound = explored("small", Place::DriverDomain, Script::Ours, SMALL, Fault::None);
-    assert_eq!(sound.broken, None);
-    for fault in Fault::ALL {
-        let found = explored("small", Place::DriverDomain, Script::Ours, SMALL, fault);
-        let told = found.broken.unwrap_or_else(|| panic!("{fault:?} was not found"));
-        println!("  {}", told.lines().take(2).collect::<Vec<_>>().join(" "));
+    let two = Freedom { rings: &[RingNodes::Two], ..SMALL };
+    for (name, freedom) in [("small", SMALL), ("small, two queues", two)] {
+        let sound = explored(name, Place::DriverDomain, Script::Ours, freedom, Fault::None);
+        assert_eq!(sound.broken, None);
+        for fault in Fault::ALL {
+            let found = explored(name, Place::DriverDomain, Script::Ours, freedom, fault);
+            let told = found.broken.unwrap_or_else(|| panic!("{fault:?} was not found"));
+            println!("  {}", told.lines().take(2).collect::<Vec<_>>().join(" "));
+        }
     }
 }
 

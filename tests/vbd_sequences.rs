@@ -15,5 +15,7 @@ mod mistakes;
 mod restarts;
 #[path = "vbd_sequences/returning.rs"]
 mod returning;
+#[path = "vbd_sequences/shapes.rs"]
+mod shapes;
 #[path = "vbd_sequences/unplugging.rs"]
 mod unplugging;

@@ -1,14 +1,31 @@
 //! Disk-image formats as state machines without I/O: where the bytes of a disk lie in its image.
 //!
-//! A format is asked and never does: it says *where*, somebody else moves bytes. [`raw`] is the only one so far; its answers
-//! never wait for metadata, so the interface has no more than raw needs. Formats with metadata add pages to fill, and
-//! prepare, commit and release for writes that allocate.
+//! A [`Format`] is asked and never does: it says *where*. A [`Disk`] is an open chain of formats, leaf first; it takes guest
+//! requests and says which transfers are to be done, in which order; somebody else moves bytes. Metadata is cached in
+//! [`Pages`] that all disks share, and the [`Ledger`] knows what of it is durable. `docs/design/formats.md` is the map.
+//!
+//! Tools work without a `Disk`, on a [`Medium`] that answers at once: create, check, repair, resize, info.
 #![no_std]
 #![forbid(unsafe_code)]
-#![deny(clippy::arithmetic_side_effects, clippy::indexing_slicing)]
+#![deny(clippy::indexing_slicing)]
 
+extern crate alloc;
+
+pub mod bytes;
+pub mod disk;
+pub mod error;
+pub mod format;
+pub mod ledger;
+pub mod medium;
+pub mod pages;
 pub mod raw;
 
+pub use disk::{Disk, Limits, Op, Outcome, Payload, Request, Work, WorkId, WorkKind};
+pub use error::{Corruption, Failure, Unsupported};
+pub use format::{Context, Facts, Format, Order, PageAt, Payout, Prepared, Step, Wait, Zeroed};
+pub use ledger::{Ledger, Stamp, Tick};
+pub use medium::Medium;
+pub use pages::{PAGE_BYTES, PageRef, Pages};
 pub use raw::Raw;
 
 /// Unit of sector numbers and counts, in bytes, whatever the medium's blocks are.
@@ -30,13 +47,41 @@ pub struct Extent {
     pub sectors: u64,
 }
 
+impl Extent {
+    /// The sector behind the last; saturates.
+    #[must_use]
+    pub fn end(&self) -> u64 {
+        self.sector.saturating_add(self.sectors)
+    }
+
+    /// Whether two extents share a sector.
+    #[must_use]
+    pub fn overlaps(&self, other: &Extent) -> bool {
+        self.sector < other.end() && other.sector < self.end()
+    }
+}
+
 /// Where a run of sectors lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
     /// In the image, from this byte on.
     Data {
-        /// Offset in the image file or device.
+        /// Offset in the image file or device; a multiple of 512.
         offset_bytes: u64,
+    },
+    /// Nowhere: it reads as zero, whatever the parent holds.
+    Zero,
+    /// Not in this image: the parent says, or zero where there is none or it is shorter.
+    Parent,
+    /// In the image, compressed: `bytes` from `offset_bytes` on (any alignment) unpack to a whole unit, of which the run begins
+    /// `skip_bytes` inside. [`Format::unpack`] knows how.
+    Compressed {
+        /// Offset of the packed bytes in the image.
+        offset_bytes: u64,
+        /// How many there are at most.
+        bytes: u32,
+        /// What of the unpacked unit comes before the run.
+        skip_bytes: u32,
     },
 }
 

@@ -1,5 +1,8 @@
 //! Raw: byte n of the disk is byte n of the image.
 
+use crate::error::Failure;
+use crate::format::{Context, Format, Payout, Prepared, Step, Wait, Zeroed};
+use crate::ledger::Tick;
 use crate::{Extent, Geometry, OutOfRange, Place, Run, SECTOR_BYTES};
 
 /// A raw image of a size that was fixed when it was opened. A file that grows meanwhile does not grow the disk.
@@ -29,7 +32,7 @@ impl Raw {
         Raw { sectors, ragged_bytes: 0 }
     }
 
-    /// The disk.
+    /// The disk, without the trait.
     #[must_use]
     pub fn geometry(&self) -> Geometry {
         Geometry { sectors: self.sectors }
@@ -53,6 +56,56 @@ impl Raw {
             return Err(OutOfRange(extent));
         }
         Ok(Run { place: Place::Data { offset_bytes }, sectors: extent.sectors })
+    }
+}
+
+impl Format for Raw {
+    fn geometry(&self) -> Geometry {
+        Raw::geometry(self)
+    }
+
+    fn page_bytes(&self) -> u32 {
+        512
+    }
+
+    fn unit_bytes(&self) -> u64 {
+        1 << 20
+    }
+
+    fn map(&self, _: &mut Context<'_>, extent: Extent) -> Step<Run> {
+        Raw::map(self, extent).map_err(|_| Wait::Failed(Failure::OutOfRange))
+    }
+
+    fn prepare(&mut self, cx: &mut Context<'_>, extent: Extent) -> Step<Prepared> {
+        let run = Format::map(self, cx, extent)?;
+        match run.place {
+            Place::Data { offset_bytes } => Ok(Prepared::InPlace { offset_bytes, sectors: run.sectors }),
+            _ => Err(Wait::Failed(Failure::OutOfRange)),
+        }
+    }
+
+    fn commit(&mut self, _: &mut Context<'_>, _: &Payout, _: Tick) -> Step<()> {
+        Ok(())
+    }
+
+    fn release(&mut self, _: &mut Context<'_>, _: &Payout) {}
+
+    fn zero(&mut self, cx: &mut Context<'_>, extent: Extent, _: bool) -> Step<Zeroed> {
+        let run = Format::map(self, cx, extent)?;
+        match run.place {
+            Place::Data { offset_bytes } => Ok(Zeroed::InPlace { offset_bytes, sectors: run.sectors }),
+            _ => Err(Wait::Failed(Failure::OutOfRange)),
+        }
+    }
+
+    fn work(&mut self, _: &mut Context<'_>) -> Step<()> {
+        Ok(())
+    }
+
+    fn answered(&mut self, _: &mut Context<'_>, _: u64, _: Result<&[u8], Failure>) {}
+
+    fn close(&mut self, _: &mut Context<'_>) -> Step<()> {
+        Ok(())
     }
 }
 

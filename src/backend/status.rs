@@ -22,6 +22,8 @@ pub struct DeviceStatus {
     pub read_only: bool,
     /// Whether the page cache is bypassed.
     pub direct: bool,
+    /// Queues that are connected.
+    pub queues: usize,
     /// Requests in flight.
     pub in_flight: usize,
     /// Counts since the ring was connected.
@@ -55,6 +57,7 @@ impl DeviceStatus {
         }
         number(into, "size_bytes", self.size_bytes.unwrap_or(0));
         into.push_str(&format!(",\"read_only\":{},\"direct\":{}", self.read_only, self.direct));
+        number(into, "queues", u64::try_from(self.queues).unwrap_or(0));
         number(into, "in_flight", u64::try_from(self.in_flight).unwrap_or(0));
         let counters = &self.counters;
         for (key, value) in [
@@ -88,6 +91,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
     pub fn status(&self) -> impl Iterator<Item = DeviceStatus> + '_ {
         self.devices.iter().map(|(address, device)| {
             let image = device.image.as_ref();
+            let queues = || device.queues.iter().map(|(queue, _)| *queue);
             DeviceStatus {
                 address: *address,
                 phase: phase(&device.vbd),
@@ -95,8 +99,9 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
                 size_bytes: image.map(|image| image.opened.size_bytes),
                 read_only: image.is_some_and(|image| image.request.read_only),
                 direct: image.is_some_and(|image| image.opened.direct),
-                in_flight: device.queue.map_or(0, |queue| self.pump.unanswered(queue)),
-                counters: device.queue.and_then(|queue| self.pump.counters(queue)).unwrap_or_default(),
+                queues: device.queues.len(),
+                in_flight: queues().map(|queue| self.pump.unanswered(queue)).sum(),
+                counters: sum(queues().filter_map(|queue| self.pump.counters(queue))),
             }
         })
     }
@@ -129,9 +134,23 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
     /// How many disks there are.
     #[must_use]
     pub fn totals(&self) -> Totals {
-        let connected = self.devices.values().filter(|device| device.queue.is_some()).count();
+        let connected = self.devices.values().filter(|device| !device.queues.is_empty()).count();
         Totals { disks: self.devices.len(), connected }
     }
+}
+
+fn sum(all: impl Iterator<Item = Counters>) -> Counters {
+    all.fold(Counters::default(), |a, b| Counters {
+        reads: a.reads + b.reads,
+        writes: a.writes + b.writes,
+        flushes: a.flushes + b.flushes,
+        read_bytes: a.read_bytes + b.read_bytes,
+        written_bytes: a.written_bytes + b.written_bytes,
+        storage_errors: a.storage_errors + b.storage_errors,
+        refused: a.refused + b.refused,
+        events: a.events + b.events,
+        notifications: a.notifications + b.notifications,
+    })
 }
 
 fn phase(vbd: &Vbd) -> &'static str {

@@ -20,10 +20,23 @@ enum Way {
 impl Vbd {
     /// One decision. `stale`: a newer read will follow.
     pub(super) fn decide(&mut self, world: &World, stale: bool, actions: &mut Actions) {
-        let view = match Read::of(&self.address, &self.config, world) {
+        let told = match &self.ring {
+            Ring::Up(serving) | Ring::Connecting(serving) => Some(&serving.terms),
+            Ring::Down | Ring::Disconnecting(_) => None,
+        };
+        // Whether it is an heir is known from the first read on.
+        let trusting =
+            !self.seen || self.heir || matches!(&self.ring, Ring::Up(serving) if serving.inherited);
+        let mut view = match Read::of(&self.address, &self.config, told, trusting, world) {
             Read::Gone | Read::NotOurs => return self.leave(stale, actions),
             Read::Here(view) => *view,
         };
+        if let Ok(rings) = &mut view.rings
+            && rings.len() > 1
+            && rings.first() == self.given_up.as_ref()
+        {
+            rings.reverse();
+        }
         self.observe(&view, actions);
         if view.be == INITIALISING && self.advanced {
             if !self.release(Disconnect::Abort, actions) {
@@ -55,6 +68,7 @@ impl Vbd {
             self.disarm(timer, actions);
         }
         self.setback = None;
+        self.given_up = None;
         self.advanced = false;
         self.prepared = false;
         self.heir = false;
@@ -199,12 +213,12 @@ impl Vbd {
         if self.ring != Ring::Down {
             return;
         }
-        let way = match (&view.ring, &view.device) {
+        let way = match (&view.rings, &view.device) {
             (Err(misdeed), _) => Way::Refuse(misdeed.to_string(), Some(misdeed.clone())),
             (Ok(_), Err(text)) => self.puzzled(text, actions),
-            (Ok(plan), Ok(device)) => match &device.request {
+            (Ok(plans), Ok(device)) => match &device.request {
                 None => Way::Refuse("there is no medium in the drive".to_owned(), None),
-                Some(request) => self.open_and_connect(request, plan, view, actions),
+                Some(request) => self.open_and_connect(request, plans, view, actions),
             },
         };
         if let Way::Refuse(text, misdeed) = way {
@@ -238,10 +252,10 @@ impl Vbd {
         if !self.heir || self.ring != Ring::Down {
             return;
         }
-        if let (Ok(plan), Ok(device)) = (&view.ring, &view.device)
+        if let (Ok(plans), Ok(device)) = (&view.rings, &view.device)
             && let Some(request) = &device.request
         {
-            self.open_and_connect(request, plan, view, actions);
+            self.open_and_connect(request, plans, view, actions);
         }
     }
 
@@ -249,16 +263,16 @@ impl Vbd {
     fn open_and_connect(
         &mut self,
         request: &OpenRequest,
-        plan: &RingPlan,
+        plans: &[RingPlan],
         view: &View,
         actions: &mut Actions,
     ) -> Way {
-        let attempt = Attempt::Connect(plan.clone());
+        let attempt = Attempt::Connect(plans.to_vec());
         if let Some(setback) = self.hopeless(&attempt, true) {
             return Way::Refuse(setback.text.clone(), setback.misdeed.clone());
         }
         match self.open(request, view, actions) {
-            Way::Clear => self.connect(plan, view, actions),
+            Way::Clear => self.connect(plans, view, actions),
             other => other,
         }
     }
@@ -298,21 +312,23 @@ impl Vbd {
         }
     }
 
-    fn connect(&mut self, plan: &RingPlan, view: &View, actions: &mut Actions) -> Way {
-        let attempt = Attempt::Connect(plan.clone());
+    fn connect(&mut self, plans: &[RingPlan], view: &View, actions: &mut Actions) -> Way {
+        let attempt = Attempt::Connect(plans.to_vec());
         match self.again(&attempt, true, actions) {
             Way::Clear => {
                 let resume = self.heir && matches!(view.be, CONNECTED | CLOSING);
                 self.ring = Ring::Connecting(Serving {
-                    plan: plan.clone(),
+                    rings: plans.to_vec(),
+                    which: 0,
+                    terms: view.terms,
                     announced: resume && view.be == CONNECTED,
                     inherited: resume,
                     seen_connected: view.fe == Front::Connected,
                     seen_closing: view.fe == Front::Closing,
                     broken: None,
                 });
-                let domain = self.address.frontend;
-                actions.push(Action::Connect(ConnectPlan { domain, ring: plan.clone(), resume }));
+                let (domain, rings, terms) = (self.address.frontend, plans.to_vec(), view.terms);
+                actions.push(Action::Connect(ConnectPlan { domain, rings, terms, resume }));
                 Way::Wait
             }
             other => other,
@@ -389,8 +405,7 @@ impl Vbd {
     }
 
     fn drop_ring(&mut self, actions: &mut Actions) {
-        self.ring = Ring::Disconnecting(Disconnect::Drain);
-        actions.push(Action::Disconnect(Disconnect::Drain));
+        self.give_up_ring(Disconnect::Drain, actions);
     }
 
     /// Not while a publication failed a moment ago, nor while a toolstack has yet to see our 2.
@@ -410,8 +425,7 @@ impl Vbd {
             Image::Open(_, geometry) => Some(*geometry),
             _ => None,
         };
-        let publication =
-            publish::state(state, wording, &self.config.offered, view, geometry, &self.image, world);
+        let publication = publish::state(state, wording, view, geometry, &self.image, world);
         self.publishing = Some(InFlight::State { state, first: view.be == INITIALISING });
         actions.push(Action::Publish(publication));
     }
@@ -420,7 +434,7 @@ impl Vbd {
 impl Serving {
     /// Whether the frontend means another ring than this one. Nodes that make no sense mean nothing while it is in use.
     fn is_another(&self, view: &View) -> bool {
-        let rewritten = view.ring.as_ref().is_ok_and(|plan| *plan != self.plan);
+        let rewritten = view.rings.as_ref().is_ok_and(|rings| *rings != self.rings);
         rewritten || self.seen_closing || (self.seen_connected && view.fe == Front::Initialised)
     }
 }

@@ -70,6 +70,7 @@ pub(crate) enum Label {
     OpenFails,
     ImageClosed,
     Connected,
+    ConnectedSecond,
     ConnectBad,
     ConnectFails,
     Disconnected,
@@ -115,7 +116,8 @@ pub(crate) enum Happening {
     PublishFailed,
     Opened(bool),
     ImageClosed,
-    Connected,
+    /// Which way to read the nodes held.
+    Connected(usize),
     ConnectBad,
     ConnectFailed,
     Disconnected,
@@ -229,6 +231,7 @@ impl Model {
                     | Label::RingBreaks
                     | Label::OpenOk
                     | Label::Connected
+                    | Label::ConnectedSecond
                     | Label::ConnectFails
                     | Label::Fire(Timer::Retry | Timer::Republish)
             )
@@ -317,7 +320,10 @@ impl Model {
         match s.ring {
             Ring::Connecting(nodes) => {
                 let up = State { ring: Ring::Up(nodes), ..s };
-                out.push((Label::Connected, self.deliver(up, Happening::Connected)));
+                out.push((Label::Connected, self.deliver(up, Happening::Connected(0))));
+                if all && nodes == RingNodes::TwoAndA {
+                    out.push((Label::ConnectedSecond, self.deliver(up, Happening::Connected(1))));
+                }
                 if bad {
                     let down = State { ring: Ring::Down, ..s };
                     out.push((Label::ConnectBad, self.deliver(down, Happening::ConnectBad)));
@@ -434,7 +440,7 @@ impl Model {
             s.spoke |= !states.unwrap_or(store).frontend.is_some_and(|it| (3..=5).contains(&it.state));
         }
         let key = (s.vbd, happening);
-        s.spoke |= happening == Happening::Connected;
+        s.spoke |= matches!(happening, Happening::Connected(_));
         let (after, acts) = match self.memo.get(&key) {
             Some((after, acts)) => (*after, acts.clone()),
             None => {
@@ -481,11 +487,11 @@ impl Model {
             Happening::Superseded => Event::Superseded,
             Happening::PublishFailed => Event::PublishFailed("quota".to_owned()),
             Happening::Opened(true) => {
-                Event::Opened(Ok(Geometry { sectors: 2048, physical_sector_bytes: 512 }))
+                Event::Opened(Ok(Geometry { sectors: 2048, physical_sector_bytes: 512, discard: None }))
             }
             Happening::Opened(false) => Event::Opened(Err("no such file".to_owned())),
             Happening::ImageClosed => Event::ImageClosed,
-            Happening::Connected => Event::Connected,
+            Happening::Connected(which) => Event::Connected(which),
             Happening::ConnectBad => Event::ConnectFailed(ConnectError::Misbehaved(Misdeed::BadGrant(8))),
             Happening::ConnectFailed => Event::ConnectFailed(ConnectError::Failed("no memory".to_owned())),
             Happening::Disconnected => Event::Disconnected,

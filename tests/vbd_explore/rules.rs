@@ -147,5 +147,12 @@ impl Model {
 }
 
 fn nodes_of(plan: &ConnectPlan) -> RingNodes {
-    if plan.ring.queues[0].ring_refs == [8] { RingNodes::A } else { RingNodes::B }
+    let first = |at: usize| plan.rings[at].queues[0].ring_refs[0];
+    match (plan.rings.len(), first(0)) {
+        (1, 8) => RingNodes::A,
+        (1, 10) => RingNodes::B,
+        (1, 20) if plan.rings[0].queues.len() == 2 => RingNodes::Two,
+        (2, 8 | 20) => RingNodes::TwoAndA,
+        _ => panic!("a ring that nobody described: {plan:?}"),
+    }
 }

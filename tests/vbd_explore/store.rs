@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::collections::HashMap;
 
-use vbdd::vbd::{Guard, Key, Node, Publication, Side, World, keys};
+use vbdd::vbd::{Guard, Key, Node, Publication, Side, World, further_keys, keys};
 
 /// The backend directory. `error` and `hotplug` are 0 for a missing node, else an index of a text.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -22,6 +22,10 @@ pub(crate) enum RingNodes {
     None,
     A,
     B,
+    /// Two queues of one page.
+    Two,
+    /// The same, and A beside it: one of them is an earlier frontend's.
+    TwoAndA,
     Malformed,
 }
 
@@ -85,6 +89,7 @@ impl Store {
             let node = self.node(&key, script, texts);
             world.put(key, node);
         }
+        self.put_further(&mut world, script, texts);
         world
     }
 
@@ -96,7 +101,15 @@ impl Store {
             let node = states.node(&key, script, texts);
             world.put(key, node);
         }
+        self.put_further(&mut world, script, texts);
         world
+    }
+
+    fn put_further(&self, world: &mut World, script: bool, texts: &Texts) {
+        for key in further_keys(world) {
+            let node = self.node(&key, script, texts);
+            world.put(key, node);
+        }
     }
 
     pub(crate) fn holds(&self, guards: &[Guard], script: bool, texts: &Texts) -> bool {
@@ -144,7 +157,19 @@ impl Backend {
             "error" => self.error = number,
             "hotplug-status" => self.hotplug = number,
             "hotplug-error" => self.hotplug_error = number,
-            "sector-size" | "physical-sector-size" | "info" | "feature-flush-cache" => {}
+            "sector-size"
+            | "physical-sector-size"
+            | "info"
+            | "feature-flush-cache"
+            | "max-ring-page-order"
+            | "max-ring-pages"
+            | "multi-queue-max-queues"
+            | "feature-max-indirect-segments"
+            | "feature-persistent"
+            | "feature-barrier"
+            | "feature-discard"
+            | "discard-granularity"
+            | "discard-alignment" => {}
             other => panic!("the vbd wrote {other}, which is not the backend's"),
         }
     }
@@ -152,17 +177,23 @@ impl Backend {
 
 impl Frontend {
     fn node(&self, name: &str) -> Node {
-        let (ring_ref, port) = match self.ring {
-            RingNodes::None => return if name == "state" { self.state_node() } else { Node::Missing },
-            RingNodes::A => ("8", "9"),
-            RingNodes::B => ("10", "11"),
-            RingNodes::Malformed => ("-1", "9"),
+        let two = matches!(self.ring, RingNodes::Two | RingNodes::TwoAndA);
+        let plain = match self.ring {
+            RingNodes::None | RingNodes::Two => None,
+            RingNodes::A | RingNodes::TwoAndA => Some(("8", "9")),
+            RingNodes::B => Some(("10", "11")),
+            RingNodes::Malformed => Some(("-1", "9")),
         };
-        match name {
-            "state" => self.state_node(),
-            "ring-ref" => present(ring_ref),
-            "event-channel" => present(port),
-            "protocol" => present("x86_64-abi"),
+        match (name, plain) {
+            ("state", _) => self.state_node(),
+            ("ring-ref", Some((ring_ref, _))) => present(ring_ref),
+            ("event-channel", Some((_, port))) => present(port),
+            ("protocol", _) if self.ring != RingNodes::None => present("x86_64-abi"),
+            ("multi-queue-num-queues", _) if two => present("2"),
+            ("queue-0/ring-ref", _) if two => present("20"),
+            ("queue-0/event-channel", _) if two => present("21"),
+            ("queue-1/ring-ref", _) if two => present("22"),
+            ("queue-1/event-channel", _) if two => present("23"),
             _ => Node::Missing,
         }
     }

@@ -14,7 +14,7 @@ fn linux_connects() {
     assert_eq!(host.took(), "");
     assert!(host.vbd.as_ref().unwrap().is_connected());
     let plan = host.connected.unwrap();
-    assert_eq!((plan.domain, plan.ring.abi, plan.resume), (7, Abi::X86_64, false));
+    assert_eq!((plan.domain, plan.rings[0].abi, plan.resume), (7, Abi::X86_64, false));
 }
 
 #[test]
@@ -22,6 +22,9 @@ fn everything_is_published_with_2_where_we_play_the_script() {
     let host = ready();
     for (name, value) in [
         ("feature-flush-cache", "1"),
+        ("max-ring-page-order", "4"),
+        ("max-ring-pages", "16"),
+        ("multi-queue-max-queues", "4"),
         ("sectors", "2048"),
         ("sector-size", "512"),
         ("physical-sector-size", "4096"),

@@ -72,6 +72,8 @@ pub struct Xen {
     /// Copies that one call can do: more fail as a whole.
     pub copies_max: Option<usize>,
     pub fail_map: u32,
+    /// After so many calls of `map` that succeed, one fails.
+    pub fail_map_after: Option<u32>,
     pub fail_bind: u32,
 }
 
@@ -225,6 +227,12 @@ impl Hypervisor for SimXen {
     fn map(&mut self, domain: DomainId, grants: &[GrantRef]) -> Result<RingMapping, HypervisorError> {
         self.0.point("map", domain.into(), grants.len() as u64);
         let mut xen = self.xen();
+        if let Some(left) = xen.fail_map_after.take() {
+            if left == 0 {
+                return Err(HypervisorError::Failed("map", 12));
+            }
+            xen.fail_map_after = Some(left - 1);
+        }
         if xen.fail_map > 0 {
             xen.fail_map -= 1;
             return Err(HypervisorError::Failed("map", libc::ENOMEM));
