@@ -1,0 +1,238 @@
+//! One guest that floods its ring beside one that sends a request at a time: in virtual time, on devices of limited speed.
+//!
+//! The model is in `tests/world/device.rs` and in `docs/design/hostile.md`: flash that works on 32 commands at once behind a
+//! bus of 2 GB/s, or a spinning disk that does one thing after the other; the processor is as slow as [`Cost`] says.
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::cast_possible_truncation)]
+
+mod world;
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use rings::request::operation::{READ, WRITE};
+use rings::{Abi, FrontRing, Offers, Segment, SharedPages};
+use vbdd::hypervisor::GrantRef;
+use vbdd::pump::RingPlan;
+use world::backend::{Backend, Vbd};
+use world::device::{Device, Speed};
+use world::memory::GuestMemory;
+use world::{Actor, Shared};
+
+/// Sectors of every image: 4 MiB.
+const SECTORS: u64 = 8192;
+
+/// What the processor needs, in nanoseconds.
+struct Cost;
+
+impl Cost {
+    /// A wake-up of the process, with its system calls.
+    const TURN: u64 = 5_000;
+    /// A grant copy of a page, in a batch.
+    const COPY: u64 = 400;
+}
+
+/// What a guest sends.
+#[derive(Clone, Copy, Debug)]
+struct Load {
+    op: u8,
+    /// Pages of each request; more than 11 make it an indirect one.
+    pages: usize,
+    depth: usize,
+    ring_pages: usize,
+    queues: usize,
+    device: usize,
+}
+
+const VICTIM: Load = Load { op: READ, pages: 1, depth: 1, ring_pages: 1, queues: 1, device: 0 };
+const FLOOD: Load = Load { op: READ, pages: 256, depth: 256, ring_pages: 16, queues: 1, device: 0 };
+
+struct Queue {
+    front: FrontRing,
+    grants: Vec<GrantRef>,
+    port: u32,
+    sent_us: Vec<Option<u64>>,
+}
+
+/// A guest that keeps so many requests in flight, and notes how long each took.
+struct Sender {
+    domain: u16,
+    load: Load,
+    queues: Vec<Queue>,
+    pages: Vec<Segment>,
+    descriptors: GrantRef,
+    place: u64,
+    latencies_us: Rc<RefCell<Vec<u64>>>,
+    _memory: Rc<GuestMemory>,
+}
+
+impl Sender {
+    fn new(shared: &Shared, domain: u16, load: Load) -> Sender {
+        let mut xen = shared.xen.borrow_mut();
+        let rings = load.queues * load.ring_pages;
+        let memory = xen.create_domain(domain, rings + 1 + load.pages);
+        let queues = (0..load.queues).map(|n| {
+            let base = n * load.ring_pages;
+            let grants = (0..load.ring_pages).map(|page| xen.grant(domain, base + page, false)).collect();
+            // SAFETY: the frames lie one behind the other in the guest's mapping, which this value keeps.
+            let pages = unsafe { SharedPages::new(memory.page(base), load.ring_pages) };
+            Queue {
+                front: FrontRing::create(pages, Abi::X86_64),
+                grants,
+                port: xen.offer_port(domain),
+                sent_us: vec![None; load.depth],
+            }
+        });
+        let queues = queues.collect();
+        let descriptors = xen.grant(domain, rings, true);
+        let pages: Vec<Segment> = (0..load.pages)
+            .map(|n| Segment { grant: xen.grant(domain, rings + 1 + n, false), first: 0, last: 7 })
+            .collect();
+        for (n, segment) in pages.iter().enumerate() {
+            memory.write(rings, n * 8, &segment.to_bytes());
+        }
+        let latencies_us = Rc::default();
+        Sender { domain, load, queues, pages, descriptors, place: 0, latencies_us, _memory: memory }
+    }
+
+    fn rings(&self) -> Vec<RingPlan> {
+        let plan = |(n, queue): (usize, &Queue)| RingPlan {
+            domain: self.domain,
+            grants: queue.grants.clone(),
+            remote_port: queue.port,
+            abi: Abi::X86_64,
+            resume: false,
+            journal: format!("{}-{n}", self.domain),
+        };
+        self.queues.iter().enumerate().map(plan).collect()
+    }
+}
+
+impl Actor for Sender {
+    fn act(&mut self, shared: &Shared) -> bool {
+        let now = shared.clock.now_us();
+        let mut any = false;
+        for queue in &mut self.queues {
+            let _ = shared.xen.borrow_mut().guest_event(self.domain, queue.port);
+            while let Some(response) = queue.front.take() {
+                assert_eq!(response.status, 0, "guest {}", self.domain);
+                let sent = queue.sent_us[response.id as usize].take().unwrap();
+                self.latencies_us.borrow_mut().push(now - sent);
+                any = true;
+            }
+            let mut sent = false;
+            for id in 0..self.load.depth {
+                if queue.sent_us[id].is_some() || queue.front.free() == 0 {
+                    continue;
+                }
+                let sectors = self.load.pages as u64 * 8;
+                self.place = (self.place + sectors) % (SECTORS - sectors);
+                if self.load.pages > 11 {
+                    let count = self.load.pages as u16;
+                    let pages = [self.descriptors];
+                    queue.front.write_indirect(self.load.op, id as u64, self.place, count, &pages);
+                } else {
+                    queue.front.write(self.load.op, id as u64, self.place, &self.pages, self.load.pages as u8);
+                }
+                queue.sent_us[id] = Some(now);
+                sent = true;
+            }
+            if sent && queue.front.publish() {
+                shared.xen.borrow_mut().guest_notify(self.domain, queue.port);
+            }
+            any |= sent;
+        }
+        any
+    }
+
+    fn finished(&self) -> bool {
+        true
+    }
+
+    fn domain(&self) -> u16 {
+        self.domain
+    }
+
+    fn describe(&self) -> String {
+        format!("sender {}", self.domain)
+    }
+}
+
+/// What came of a run.
+struct Outcome {
+    /// 99 of 100 requests of the victim took no longer, in microseconds.
+    p99_us: u64,
+    /// Bytes that each guest moved, the victim's first.
+    moved: Vec<u64>,
+    seconds: f64,
+}
+
+/// Runs guests, the first of them the victim, until it has sent `count` requests.
+fn run(speeds: &[Speed], loads: &[Load], count: usize) -> Outcome {
+    let shared = Shared::new(1);
+    shared.preempt.set(false);
+    let mut backend = Backend::new(&shared, 64 << 20);
+    backend.offers = Offers { indirect_segments: 256, ..Offers::NONE };
+    shared.media.borrow_mut().devices = speeds.iter().map(|speed| Device::new(*speed)).collect();
+    let mut latencies = Vec::new();
+    for (n, load) in loads.iter().enumerate() {
+        let image = shared.media.borrow_mut().create(&format!("/{n}"), SECTORS as usize, false);
+        shared.media.borrow_mut().device_of.insert(image, load.device);
+        let guest = Sender::new(&shared, n as u16 + 1, *load);
+        latencies.push(guest.latencies_us.clone());
+        backend.add(Vbd { image, sectors: SECTORS, read_only: false, rings: guest.rings() });
+        shared.guests.borrow_mut().push(Box::new(guest));
+    }
+    assert!(backend.start());
+    let copies = |shared: &Shared| shared.xen.borrow().copies.values().sum::<u64>();
+    let mut owed_ns = 0;
+    while latencies[0].borrow().len() < count {
+        let acted = shared.guests.borrow_mut().iter_mut().fold(false, |any, guest| guest.act(&shared) | any);
+        if backend.wants_turn() {
+            let before = copies(&shared);
+            assert!(backend.turn());
+            // The process is busy for a while: guests see what it did at the end of it.
+            owed_ns += Cost::TURN + (copies(&shared) - before) * Cost::COPY;
+            shared.clock.advance_to(shared.clock.now_us() + owed_ns / 1000);
+            owed_ns %= 1000;
+        } else if !acted {
+            let next = backend.wakes_at().expect("the world stands still");
+            shared.clock.advance_to(next);
+        }
+    }
+    shared.check().unwrap();
+    let mut all = latencies[0].borrow().clone();
+    all.sort_unstable();
+    let p99_us = all[all.len() * 99 / 100];
+    let bytes = |(n, load): (usize, &Load)| latencies[n].borrow().len() as u64 * load.pages as u64 * 4096;
+    let moved = loads.iter().enumerate().map(bytes).collect();
+    let seconds = shared.clock.now_us() as f64 / 1e6;
+    shared.guests.borrow_mut().clear();
+    backend.pump = None;
+    shared.xen.borrow_mut().process_died();
+    Outcome { p99_us, moved, seconds }
+}
+
+/// The victim among others has a p99 of at most three times its own alone.
+fn is_fair(name: &str, speeds: &[Speed], victim: Load, others: &[Load]) -> Outcome {
+    let alone = run(speeds, &[victim], 500);
+    let mut loads = vec![victim];
+    loads.extend(others);
+    let among = run(speeds, &loads, 1000);
+    let rates: Vec<String> =
+        among.moved.iter().map(|moved| format!("{:.0}", *moved as f64 / among.seconds / 1e6)).collect();
+    println!("{name}: alone {} us, among others {} us; MB/s {}", alone.p99_us, among.p99_us, rates.join(" "));
+    assert!(among.p99_us <= 3 * alone.p99_us, "{name}: {} us alone, {} us among others", alone.p99_us, among.p99_us);
+    among
+}
+
+#[test]
+fn a_victim_beside_one_flood() {
+    for pages in [1, 11, 256] {
+        for op in [READ, WRITE] {
+            for victim in [VICTIM, Load { op: WRITE, ..VICTIM }, Load { pages: 11, ..VICTIM }] {
+                let name = format!("{victim:?} beside {pages} pages, operation {op}");
+                is_fair(&name, &[Speed::FLASH], victim, &[Load { op, pages, ..FLOOD }]);
+            }
+        }
+    }
+}
