@@ -386,7 +386,8 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
         }
         let sectors = raw.geometry().sectors;
         let offers = Offers { indirect_segments: INDIRECT_SEGMENTS, ..Offers::NONE };
-        let plan = DiskPlan { offers, ..DiskPlan::new(opened.file, sectors, request.read_only) };
+        let (Identity::File { device, .. } | Identity::Device { number: device }) = opened.identity;
+        let plan = DiskPlan { offers, device, ..DiskPlan::new(opened.file, sectors, request.read_only) };
         let disk = self.pump.add_disk(&plan);
         let physical_sector_bytes = opened.physical_block_bytes;
         if let Some(device) = self.devices.get_mut(&address) {

@@ -36,6 +36,8 @@ pub struct Disk {
     pub read_only: bool,
     /// What frontends may ask for.
     pub offers: Offers,
+    /// The storage device below it: see `DiskPlan`.
+    pub device: u64,
     current: u32,
     writes_in_current: u32,
     /// Epochs that a flush has closed, oldest first: `current - closed.len() .. current`.
@@ -56,6 +58,7 @@ impl Disk {
             image: Raw::of_sectors(plan.size_sectors),
             read_only: plan.read_only,
             offers: plan.offers,
+            device: plan.device,
             current: 0,
             writes_in_current: 0,
             closed: VecDeque::with_capacity(flushes_max),

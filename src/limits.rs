@@ -33,6 +33,25 @@ pub const DATA_MEMORY_BYTES: usize = 64 << 20;
 /// How long the first in line for memory keeps others from passing, before what it waits for counts as hung.
 pub const STARVED_PATIENCE: Duration = Duration::from_secs(2);
 
+/// What one transfer counts at a storage device besides its bytes: 16 KiB, about what a solid-state disk moves in the time that a
+/// command takes by itself.
+pub const TRANSFER_COST: u64 = 16 << 10;
+
+/// What may be at a storage device at once while guests share it, at most: 512 KiB are 25 transfers of 4 KiB, 8 of 44 KiB or
+/// 3 of 128 KiB, which is what keeps a solid-state disk busy; whoever comes with one transfer goes at once. What does not fit
+/// waits in the memory that its guest holds.
+pub const DEVICE_COST_CONTENDED: u64 = 512 << 10;
+
+/// How long a transfer should stay at a shared device: a slow one gets less at once, down to one transfer.
+pub const DEVICE_DELAY: Duration = Duration::from_millis(2);
+
+/// What may be at a storage device at once while one guest has it for itself: 4 MiB, which another that comes waits for once
+/// (2 ms at 2 GB/s). 256 transfers of 4 KiB count 5 MiB.
+pub const DEVICE_COST_ALONE: u64 = 4 << 20;
+
+/// How long a device counts as shared after the last transfer of the second guest.
+pub const DEVICE_CONTENDED_FOR: Duration = Duration::from_secs(1);
+
 /// Segments of an indirect request: 1 MiB of whole pages. One page of descriptors (2 048 bytes) is copied for each in
 /// flight, into data memory; at most eight pieces of 128 KiB hold its data.
 pub const INDIRECT_SEGMENTS: u16 = rings::INDIRECT_SEGMENTS_MAX;

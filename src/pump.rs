@@ -6,6 +6,7 @@
 //! grown to their working size.
 
 mod ends;
+mod fair;
 mod memory;
 mod stages;
 mod turn;
@@ -66,13 +67,15 @@ pub struct DiskPlan {
     pub read_only: bool,
     /// What frontends are told that they may ask for. What is not offered is answered with -2.
     pub offers: Offers,
+    /// The storage device below it, by any number: disks on one device share it fairly.
+    pub device: u64,
 }
 
 impl DiskPlan {
     /// A disk that offers reads, writes and flushes.
     #[must_use]
     pub fn new(file: FileId, size_sectors: u64, read_only: bool) -> DiskPlan {
-        DiskPlan { file, size_sectors, read_only, offers: Offers::NONE }
+        DiskPlan { file, size_sectors, read_only, offers: Offers::NONE, device: 0 }
     }
 }
 
@@ -115,13 +118,25 @@ enum Token {
 }
 
 impl Token {
-    /// Packs it: kind in the top byte, the queue or disk above the place in the last two bytes.
+    /// Packs it: kind in the top byte, the queue or disk above the place in the last two bytes. The byte between is of a
+    /// transfer: see [`Token::of_transfer`].
     fn encode(self) -> u64 {
         match self {
             Token::Request { queue, place } => (u64::from(queue) << 16) | u64::from(place),
             Token::Flush(disk) => (1 << 56) | (u64::from(disk) << 16),
             Token::Sync(disk) => (2 << 56) | (u64::from(disk) << 16),
         }
+    }
+
+    /// A transfer of 512 bytes to 128 KiB, with its length in sectors less one.
+    fn of_transfer(queue: u32, place: u16, length_bytes: u32) -> u64 {
+        let sectors = u64::from(length_bytes / 512).saturating_sub(1) & 0xFF;
+        Token::Request { queue, place }.encode() | (sectors << 48)
+    }
+
+    /// The length that [`Token::of_transfer`] was given, in bytes.
+    fn transfer_bytes(token: u64) -> u32 {
+        (u32::from(token.to_be_bytes()[1]) + 1) * 512
     }
 
     fn decode(token: u64) -> Option<Token> {
@@ -155,6 +170,7 @@ pub struct Pump<H, S> {
     /// Queues with answers to publish.
     touched: Vec<u32>,
     guests: memory::Guests,
+    fair: fair::Fair,
     /// Queues with requests that wait for memory, in line.
     starved: VecDeque<u32>,
     /// The first of them that waits for others, and since when.
@@ -182,6 +198,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             delayed: Vec::new(),
             touched: Vec::new(),
             guests: memory::Guests::default(),
+            fair: fair::Fair::default(),
             starved: VecDeque::new(),
             first_in_line: None,
             now: Duration::ZERO,
@@ -268,7 +285,10 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         // 4 may have been served by a predecessor that died before it wrote it.
         let ring = BackRing::resume(shared, plan.abi, u32::try_from(owed.len()).unwrap_or(0));
         let guest = (plan.domain, self.guests.join(plan.domain));
+        let device = self.disk(disk.0).map_or(0, |disk| disk.device);
+        let flow = self.fair.join(guest.1, device);
         let mut queue = Queue::new(disk.0, guest, port, ring, mapping, journal);
+        queue.flow = flow;
         let inherited = queue.inherit(&owed, plan.abi);
         let id = place_in(&mut self.queues, queue);
         self.names.resize(self.queues.len(), String::new());

@@ -133,6 +133,8 @@ pub struct Queue {
     pub(crate) domain: DomainId,
     /// The guest's number where its memory is counted.
     pub(crate) guest: u32,
+    /// Where its transfers wait for their device.
+    pub(crate) flow: u32,
     pub(crate) port: Port,
     /// Gone when the guest is gone and only storage keeps the queue alive.
     pub(crate) ring: Option<BackRing>,
@@ -174,6 +176,7 @@ impl Queue {
             disk,
             domain,
             guest,
+            flow: u32::MAX,
             port,
             ring: Some(ring),
             mapping: Some(mapping),

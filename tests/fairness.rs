@@ -236,3 +236,63 @@ fn a_victim_beside_one_flood() {
         }
     }
 }
+
+#[test]
+fn a_victim_beside_several_floods() {
+    for count in [2, 4, 8] {
+        for pages in [1, 11, 256] {
+            let floods = vec![Load { pages, ..FLOOD }; count];
+            let among =
+                is_fair(&format!("{count} floods of {pages} pages"), &[Speed::FLASH], VICTIM, &floods);
+            let (least, most) = (among.moved[1..].iter().min(), among.moved[1..].iter().max());
+            assert!(most.unwrap() * 4 <= least.unwrap() * 5, "floods are not served alike: {:?}", among.moved);
+        }
+    }
+}
+
+#[test]
+fn floods_of_small_and_of_large_requests_get_the_same_share() {
+    // A small transfer counts 16 KiB more than its bytes, so 4 KiB of 1 MiB requests go with 4 KiB of 20.
+    let floods = [Load { pages: 256, ..FLOOD }, Load { pages: 11, ..FLOOD }];
+    let among = is_fair("large and small", &[Speed::FLASH], VICTIM, &floods);
+    let (large, small) = (among.moved[1] * 144 / 128, among.moved[2] * 60 / 44);
+    assert!(large * 4 <= small * 5 && small * 4 <= large * 5, "{large} {small}");
+}
+
+#[test]
+fn queues_give_a_guest_no_more() {
+    let floods = [Load { queues: 8, pages: 11, ring_pages: 1, depth: 32, ..FLOOD }, Load { pages: 11, ..FLOOD }];
+    let among = is_fair("eight queues and one", &[Speed::FLASH], VICTIM, &floods);
+    let (many, one) = (among.moved[1], among.moved[2]);
+    assert!(many * 4 <= one * 5, "{many} {one}");
+}
+
+#[test]
+fn a_slow_device_is_given_little_at_once() {
+    for count in [1, 3] {
+        for pages in [1, 11, 256] {
+            let floods = vec![Load { pages, ..FLOOD }; count];
+            is_fair(&format!("{count} floods of {pages} pages, spinning"), &[Speed::SPINNING], VICTIM, &floods);
+        }
+    }
+}
+
+#[test]
+fn disks_on_different_devices_do_not_wait_for_each_other() {
+    let other = Load { device: 1, ..FLOOD };
+    let speeds = [Speed::FLASH, Speed::SPINNING];
+    is_fair("a flood on another device", &speeds, VICTIM, &[other, other]);
+    is_fair("floods on both", &speeds, VICTIM, &[other, FLOOD]);
+    let victim = Load { device: 1, ..VICTIM };
+    is_fair("a victim on the slow one", &speeds, victim, &[FLOOD, FLOOD]);
+}
+
+#[test]
+fn a_guest_alone_gets_what_the_device_can_do() {
+    for (pages, least) in [(1, 1200), (11, 1900), (256, 1900)] {
+        let alone = run(&[Speed::FLASH], &[Load { pages, ..FLOOD }], 4000);
+        let rate = alone.moved[0] as f64 / alone.seconds / 1e6;
+        println!("alone, {pages} pages: {rate:.0} MB/s");
+        assert!(rate > f64::from(least), "{pages} pages: {rate:.0} MB/s");
+    }
+}

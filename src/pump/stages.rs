@@ -90,7 +90,9 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
     }
 
     fn transfer_done(&mut self, id: u32, place: u16, done: &Done) {
-        let Some(queue) = self.queue(id) else { return };
+        let now = self.now;
+        let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return };
+        self.fair.done(queue.flow, Token::transfer_bytes(done.token), now);
         let has_ring = queue.ring.is_some();
         let Some(one) = queue.in_flight(place) else { return };
         one.transfers = one.transfers.saturating_sub(1);
@@ -239,22 +241,26 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         self.finish(id, place, Status::Error);
     }
 
-    /// Hands a request's data to storage, a transfer for each piece.
+    /// Hands a request's data to storage, a transfer for each piece, or has it wait for its turn there.
     pub(super) fn queue_transfer(&mut self, id: u32, place: u16, kind: IoKind) {
         let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return };
         let Some(disk) = self.disks.get(queue.disk as usize).and_then(Option::as_ref) else { return };
+        let flow = queue.flow;
         let Some(one) = queue.in_flight(place) else { return };
         let extent = Extent { sector: one.request.sector, sectors: one.request.sectors };
         // The range was checked when the request was taken; a disk that has shrunk since refuses it here.
         let Ok(Run { place: Place::Data { offset_bytes }, .. }) = disk.image.map(extent) else {
             return self.finish(id, place, Status::Error);
         };
-        let token = Token::Request { queue: id, place }.encode();
         let (length, mut at) = (one.request.length_bytes(), 0);
         while let Some(span) = one.held.part(at, length - at).filter(|span| span.length_bytes() > 0) {
             let offset_bytes = offset_bytes + u64::from(at);
-            self.storage.queue(Io { token, file: disk.file, kind, offset_bytes, span });
+            let token = Token::of_transfer(id, place, span.length_bytes());
+            let io = Io { token, file: disk.file, kind, offset_bytes, span };
             one.transfers += 1;
+            if let Some(io) = self.fair.queue(flow, io, self.now) {
+                self.storage.queue(io);
+            }
             at += span.length_bytes();
         }
         if one.transfers == 0 {

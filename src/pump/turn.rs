@@ -38,6 +38,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             progress |= self.describe();
             progress |= self.copy_in();
             self.start_flushes();
+            self.fair.dispatch(&mut self.storage, now);
             self.storage.submit();
             progress |= self.collect();
             self.publish();

@@ -125,8 +125,11 @@ impl Backend {
                 let vbd = backend.vbds[at].clone();
                 let pump = backend.pump.as_mut().unwrap();
                 let file = pump.storage.open_image(vbd.image);
+                // What lies on no device of limited speed has one for itself.
+                let device = shared.media.borrow().device_of.get(&vbd.image).copied();
+                let device = device.unwrap_or(1000 + vbd.image) as u64;
                 backend.disks.push(
-                    pump.add_disk(&DiskPlan { offers, ..DiskPlan::new(file, vbd.sectors, vbd.read_only) }),
+                    pump.add_disk(&DiskPlan { offers, device, ..DiskPlan::new(file, vbd.sectors, vbd.read_only) }),
                 );
             }
             for at in 0..backend.lines.len() {
