@@ -289,7 +289,7 @@ fn disks_on_different_devices_do_not_wait_for_each_other() {
 
 #[test]
 fn a_guest_alone_gets_what_the_device_can_do() {
-    for (pages, least) in [(1, 1200), (11, 1900), (256, 1900)] {
+    for (pages, least) in [(1, 1000), (11, 1800), (256, 1900)] {
         let alone = run(&[Speed::FLASH], &[Load { pages, ..FLOOD }], 4000);
         let rate = alone.moved[0] as f64 / alone.seconds / 1e6;
         println!("alone, {pages} pages: {rate:.0} MB/s");
