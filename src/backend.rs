@@ -16,12 +16,11 @@ use std::time::Duration;
 
 use formats::Raw;
 use formats::raw::TooSmall;
-use rings::Offers;
 use xenstore::{JobId, Outcome, Path, WatchToken};
 
 use crate::hypervisor::{DomainId, Hypervisor};
 use crate::journal::JournalStore;
-use crate::limits::{INDIRECT_SEGMENTS, WORLD_READ_INTERVAL, WORLD_READS_BURST};
+use crate::limits::{WORLD_READ_INTERVAL, WORLD_READS_BURST};
 use crate::pump::{DiskId, DiskPlan, Pump, PumpEvent, QueueId};
 use crate::queue::FrontendMisbehaved;
 use crate::storage::{Identity, OpenError, Opened, Storage};
@@ -385,15 +384,18 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
             self.notice(address, log::Level::Warn, &text);
         }
         let sectors = raw.geometry().sectors;
-        let offers = Offers { indirect_segments: INDIRECT_SEGMENTS, ..Offers::NONE };
         let (Identity::File { device, .. } | Identity::Device { number: device }) = opened.identity;
-        let plan = DiskPlan { offers, device, ..DiskPlan::new(opened.file, sectors, request.read_only) };
+        let plan = DiskPlan { device, ..DiskPlan::new(opened.file, sectors, request.read_only) };
         let disk = self.pump.add_disk(&plan);
         let physical_sector_bytes = opened.physical_block_bytes;
         if let Some(device) = self.devices.get_mut(&address) {
             device.image = Some(OpenImage { opened, disk, request });
         }
-        Ok(vbd::Geometry { sectors, physical_sector_bytes, discard: None })
+        let discard = opened.discard.map(|unit| vbd::Discard {
+            granularity_bytes: unit.granularity_bytes,
+            alignment_bytes: unit.alignment_bytes,
+        });
+        Ok(vbd::Geometry { sectors, physical_sector_bytes, discard })
     }
 
     /// A read of a device's nodes is due, unless the guest has caused too many of late.

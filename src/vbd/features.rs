@@ -3,7 +3,7 @@
 use rings::Abi;
 
 use super::world::{Side, World};
-use crate::limits::{QUEUES_MAX, RING_PAGE_ORDER_MAX};
+use crate::limits::{INDIRECT_SEGMENTS, QUEUES_MAX, RING_PAGE_ORDER_MAX};
 
 /// The node of the backend directory that holds a disk's own options.
 pub(super) const OPTIONS_NODE: &str = "vbdd";
@@ -44,16 +44,16 @@ impl Features {
 }
 
 impl Default for Features {
-    /// Rings and queues to the bounds of `limits.rs` that are usual, and flushes.
+    /// All but barriers, which a frontend would use beside flushes for nothing, and persistent grants; four queues.
     fn default() -> Features {
         Features {
             ring_page_order_max: RING_PAGE_ORDER_MAX,
             queues_max: 4,
-            indirect_segments_max: 0,
+            indirect_segments_max: INDIRECT_SEGMENTS,
             persistent: false,
             flush: true,
             barrier: false,
-            discard: false,
+            discard: true,
         }
     }
 }
