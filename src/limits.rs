@@ -22,9 +22,12 @@ pub const REQUESTS_PER_TURN_MIN: u32 = 8;
 /// The request that passes it is the last, so 1 MiB more at most.
 pub const BYTES_PER_TURN: u32 = 32 * 44 * 1024;
 
-/// Segments that are copied to guests at a time, at 4 KiB each: 4 MiB, and one request more. Reads that have more data
-/// ready wait for the next round, so that a guest's large reads do not hold up the small ones of another.
+/// Segments of long requests that are copied at a time while one guest has the process for itself, at 4 KiB each: 4 MiB.
 pub const COLLECT_SEGMENTS: usize = 1024;
+
+/// Segments of long requests that are copied at a time while guests share the process: 256 KiB, some 25 us, after which it looks
+/// for events. What is no longer than a plain request is copied before them.
+pub const SLICE_SEGMENTS: usize = 64;
 
 /// Events without work that are let through at once. Honest frontends cause a few: a request that was found by the last
 /// look at the ring has sent its event too.
@@ -48,10 +51,10 @@ pub const STARVED_PATIENCE: Duration = Duration::from_secs(2);
 /// command takes by itself.
 pub const TRANSFER_COST: u64 = 16 << 10;
 
-/// What may be at a storage device at once while guests share it, at most: 512 KiB are 25 transfers of 4 KiB, 8 of 44 KiB or
-/// 3 of 128 KiB, which is what keeps a solid-state disk busy; whoever comes with one transfer goes at once. What does not fit
+/// What may be at a storage device at once while guests share it, at most: 384 KiB are 19 transfers of 4 KiB, 6 of 44 KiB or
+/// 2 of 128 KiB, which is what keeps a solid-state disk busy; whoever comes with one transfer goes at once. What does not fit
 /// waits in the memory that its guest holds.
-pub const DEVICE_COST_CONTENDED: u64 = 512 << 10;
+pub const DEVICE_COST_CONTENDED: u64 = 384 << 10;
 
 /// How long a transfer should stay at a shared device: a slow one gets less at once, down to one transfer.
 pub const DEVICE_DELAY: Duration = Duration::from_millis(2);

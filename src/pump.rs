@@ -5,6 +5,7 @@
 //! ring by ring, and at last lets events through again. Nothing here waits, and nothing allocates once the tables have
 //! grown to their working size.
 
+mod copies;
 mod ends;
 mod fair;
 mod memory;
@@ -339,7 +340,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
     /// pump since.
     #[must_use]
     pub fn has_work(&self) -> bool {
-        !self.ready.is_empty() || self.scratch.has_flushes()
+        !self.ready.is_empty() || self.scratch.has_flushes() || self.scratch.copies.wait()
     }
 
     /// When [`Pump::turn`] wants to be called though nothing happens: an event channel's delay ends, or

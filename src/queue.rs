@@ -379,6 +379,15 @@ impl Queue {
         notify
     }
 
+    /// How many segments a request has.
+    pub(crate) fn segments(&self, place: u16) -> usize {
+        let one = self.in_flight.get(usize::from(place)).and_then(Option::as_ref);
+        one.map_or(0, |one| match &one.request.segments {
+            Segments::Direct(direct) => direct.len(),
+            Segments::Indirect(indirect) => indirect.count().into(),
+        })
+    }
+
     /// The copies that move a request's data, appended to `segments`. `pool` is where its descriptors were copied to.
     pub(crate) fn copies(
         &self,

@@ -10,9 +10,9 @@ mod world;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use host::Host;
 use hostile_support::lines;
 use hostile_support::puppet::{DOMAIN, Meddler, Puppet};
-use host::Host;
 use rings::request::operation::{BARRIER, DISCARD, FLUSH, INDIRECT, READ, WRITE};
 use rings::{Abi, BackRing, FrontRing, LARGEST_STRIDE, Offers, Segment, SharedPages};
 use vbdd::storage::Storage as _;
@@ -73,11 +73,8 @@ fn xsa_155_a_slot_rewritten_at_every_call_of_the_backend_is_one_request_or_the_o
     let mut seen = [0_u32; 2];
     for abi in ABIS {
         let (mut host, mut puppet) = puppet(abi, "w");
-        let meddler = Meddler {
-            domain: DOMAIN,
-            memory: puppet.memory.clone(),
-            writes: std::rc::Rc::default(),
-        };
+        let meddler =
+            Meddler { domain: DOMAIN, memory: puppet.memory.clone(), writes: std::rc::Rc::default() };
         let writes = meddler.writes.clone();
         host.shared.guests.borrow_mut().push(Box::new(meddler));
         host.shared.eager.set(true);
@@ -291,7 +288,8 @@ fn xsa_361_362_365_the_status_of_every_copied_segment_counts() {
     let (mut host, mut puppet) = puppet(Abi::X86_64, "w");
     for bad in 0..11 {
         for op in [WRITE, READ] {
-            let mut segments: Vec<Segment> = (0..11).map(|n| puppet.whole(n)).map(|it| Segment { last: 0, ..it }).collect();
+            let mut segments: Vec<Segment> =
+                (0..11).map(|n| puppet.whole(n)).map(|it| Segment { last: 0, ..it }).collect();
             segments[bad].grant = if op == WRITE { 60_000 } else { puppet.constant };
             let before: Vec<[u8; 512]> = (0..11).map(|n| sector(&host, n)).collect();
             assert_eq!(puppet.ask(&mut host, op, 0, &segments, 11), -1, "segment {bad}");

@@ -10,9 +10,9 @@ mod world;
 use std::time::Duration;
 
 use ::xenstore::{Access, Permission};
+use host::Host;
 use hostile_support::lines;
 use hostile_support::puppet::{DOMAIN, Puppet};
-use host::Host;
 use rings::Abi;
 use rings::request::operation::{READ, WRITE};
 use world::Faults;
@@ -116,7 +116,8 @@ fn xsa_180_what_a_guest_writes_reaches_log_and_nodes_as_one_printable_line() {
     host.wait_be(DOMAIN, "2");
     let puppet = Puppet::new(&host.shared, DOMAIN, Abi::X86_64, 1);
     let long = "\u{1b}]0;x\u{7}".repeat(300);
-    let hostile = ["x\nERROR all is lost\r\n\u{1b}[2J", "\u{0}\u{8}\u{7f}\u{9b}31m", "\u{202e}\u{2028}gnol", &long];
+    let hostile =
+        ["x\nERROR all is lost\r\n\u{1b}[2J", "\u{0}\u{8}\u{7f}\u{9b}31m", "\u{202e}\u{2028}gnol", &long];
     for text in hostile {
         host.set_fe(DOMAIN, &[("protocol", text), ("event-channel", &puppet.port.to_string())]);
         host.set_fe(DOMAIN, &[("ring-ref", &puppet.ring[0].to_string()), ("state", "3")]);
@@ -222,7 +223,10 @@ fn xsa_115_a_driver_domain_needs_no_special_watch_and_sees_a_guest_go() {
     let (mut host, path) = host();
     let puppet = Puppet::connected(&mut host, DOMAIN, Abi::X86_64, &path, "w");
     let watches = host.watches();
-    assert!(watches.len() >= 3 && watches.iter().all(|path| path.starts_with("/local/domain/")), "{watches:?}");
+    assert!(
+        watches.len() >= 3 && watches.iter().all(|path| path.starts_with("/local/domain/")),
+        "{watches:?}"
+    );
     // xenstored drops what the domain owned; there is no event for it but the toolstack's.
     drop(puppet);
     host.destroy_domain(DOMAIN);
@@ -258,7 +262,8 @@ fn xsa_322_326_416_417_419_nodes_that_vanish_or_are_hidden_at_any_step() {
                 };
                 let mut puppet = Puppet::new(&host.shared, DOMAIN, Abi::X86_64, 1);
                 let write_fe = |host: &mut Host, name: &str, value: &str| {
-                    let _ = host.store.write(DOMAIN, &format!("{}/{name}", Host::fe(DOMAIN)), value.as_bytes());
+                    let _ =
+                        host.store.write(DOMAIN, &format!("{}/{name}", Host::fe(DOMAIN)), value.as_bytes());
                 };
                 for now in 0..5 {
                     if now == step {

@@ -1,5 +1,8 @@
 //! Any nodes in both directories, in any order of events: the state machine answers, and never panics.
-use vbdd::vbd::{Action, Address, Config, ConnectError, Event, Geometry, Kind, Misdeed, Node, Place, Vbd, World, further_keys, keys};
+use vbdd::vbd::{
+    Action, Address, Config, ConnectError, Event, Geometry, Kind, Misdeed, Node, Place, Vbd, World,
+    further_keys, keys,
+};
 
 /// Plays one input.
 pub fn play(data: &[u8]) {
@@ -16,7 +19,8 @@ pub fn play(data: &[u8]) {
     vbd.step(Event::Changed, &mut actions);
     while let Some(choice) = byte() {
         let mut world = World::new();
-        let geometry = Geometry { sectors: u64::from(choice) << 3, physical_sector_bytes: 512, discard: None };
+        let geometry =
+            Geometry { sectors: u64::from(choice) << 3, physical_sector_bytes: 512, discard: None };
         let event = match choice % 12 {
             0..=2 => {
                 let mut node = || {

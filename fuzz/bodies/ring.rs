@@ -13,7 +13,8 @@ pub fn play(data: &[u8]) {
     let base = page.0.as_mut_ptr();
     let abi = [Abi::X86_64, Abi::X86_32, Abi::Arm][usize::from(steps.first().copied().unwrap_or(0)) % 3];
     // SAFETY: the page outlives the ring, and both are used by this thread alone.
-    let mut ring = BackRing::resume(unsafe { SharedPages::new(base, 1) }, abi, u32::from(steps.len() as u8) % 40);
+    let mut ring =
+        BackRing::resume(unsafe { SharedPages::new(base, 1) }, abi, u32::from(steps.len() as u8) % 40);
     for (n, step) in steps.iter().enumerate() {
         match step % 4 {
             0 => drop(ring.look()),
@@ -22,7 +23,9 @@ pub fn play(data: &[u8]) {
                     let offers = Offers { indirect_segments: 256, barrier: true, discard: true };
                     if let Ok(mut request) = slot.parse(&offers) {
                         let _ = request.describe(bytes);
-                        assert!(request.segments.iter(bytes).count() <= 256 && request.length_bytes() <= 1 << 20);
+                        assert!(
+                            request.segments.iter(bytes).count() <= 256 && request.length_bytes() <= 1 << 20
+                        );
                         let _ = request.check_range(u64::from(*step) << 4);
                     }
                 }

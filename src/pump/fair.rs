@@ -22,7 +22,7 @@ use crate::storage::{Io, Storage};
 const QUANTUM: u64 = PIECE_BYTES as u64 + TRANSFER_COST;
 
 /// How long a device is watched before its speed is judged; much longer than the clock is coarse.
-const WINDOW: Duration = Duration::from_millis(50);
+const WINDOW: Duration = Duration::from_millis(30);
 
 /// Where a flow stands in its device's rounds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,7 +57,7 @@ struct Device {
     old: VecDeque<u32>,
     in_flight: u64,
     /// The two flows that were here last, and when; the latest first.
-    recent: [(Option<u32>, Duration); 2],
+    recent: Recent,
     /// What may be there while several flows are.
     budget: u64,
     window_began: Duration,
@@ -73,26 +73,16 @@ impl Device {
             old: VecDeque::new(),
             in_flight: 0,
             recent: [(None, Duration::ZERO); 2],
-            budget: DEVICE_COST_CONTENDED,
+            // Until it has shown what it can do, one after the other.
+            budget: QUANTUM,
             window_began: Duration::ZERO,
             window_cost: 0,
         }
     }
 
-    /// Notes that a flow has something for the device.
-    fn seen(&mut self, flow: u32, now: Duration) {
-        if self.recent[0].0 != Some(flow) {
-            self.recent[1] = self.recent[0];
-        }
-        self.recent[0] = (Some(flow), now);
-    }
-
     /// What may be there at once.
     fn limit(&self, now: Duration) -> u64 {
-        match self.recent[1] {
-            (Some(_), at) if now < at + DEVICE_CONTENDED_FOR => self.budget,
-            _ => DEVICE_COST_ALONE,
-        }
+        if are_two(&self.recent, now) { self.budget } else { DEVICE_COST_ALONE }
     }
 
     fn has_room(&self, cost: u64, now: Duration) -> bool {
@@ -120,6 +110,8 @@ pub(super) struct Fair {
     flows: Vec<Flow>,
     /// Transfers that wait here.
     waiting: usize,
+    /// The two guests that had a transfer last, and when; the latest first.
+    recent: Recent,
 }
 
 /// What a transfer of so many bytes counts: a small one keeps a device busy for longer than its bytes say.
@@ -186,7 +178,8 @@ impl Fair {
         // A flow that is not known is nobody's: its transfers are not held up.
         let Some(flow) = self.flows.get_mut(id as usize) else { return Some(io) };
         let Some(device) = self.devices.get_mut(flow.device as usize) else { return Some(io) };
-        device.seen(id, now);
+        seen(&mut self.recent, flow.guest, now);
+        seen(&mut device.recent, id, now);
         let cost = cost(io.span.length_bytes());
         let nobody_waits = device.new.is_empty() && device.old.is_empty();
         if nobody_waits && device.has_room(cost, now) {
@@ -219,10 +212,16 @@ impl Fair {
         device.measure(cost, now);
     }
 
-    /// Sends what may go.
-    pub(super) fn dispatch<S: Storage>(&mut self, storage: &mut S, now: Duration) {
-        if self.waiting == 0 {
-            return;
+    /// Whether more than one guest had something to do of late.
+    pub(super) fn is_shared(&self, now: Duration) -> bool {
+        are_two(&self.recent, now)
+    }
+
+    /// Sends what may go. True if there was something.
+    pub(super) fn dispatch<S: Storage>(&mut self, storage: &mut S, now: Duration) -> bool {
+        let before = self.waiting;
+        if before == 0 {
+            return false;
         }
         for device in &mut self.devices {
             while let Some((id, is_new)) = next_of(device) {
@@ -252,7 +251,24 @@ impl Fair {
                 storage.queue(io);
             }
         }
+        self.waiting < before
     }
+}
+
+/// Who was last, and when; and who was before, if that was another. The latest first.
+type Recent = [(Option<u32>, Duration); 2];
+
+/// Notes that somebody came.
+fn seen(recent: &mut Recent, who: u32, now: Duration) {
+    if recent[0].0 != Some(who) {
+        recent[1] = recent[0];
+    }
+    recent[0] = (Some(who), now);
+}
+
+/// Whether two have come of late.
+fn are_two(recent: &Recent, now: Duration) -> bool {
+    matches!(recent[1], (Some(_), at) if now < at + DEVICE_CONTENDED_FOR)
 }
 
 /// Whose turn it is, and whether it is a new one.

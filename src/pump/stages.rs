@@ -3,45 +3,13 @@
 use formats::{Extent, Place, Run};
 use rings::{Operation, Status};
 
+use super::copies::Copies;
 use super::{DiskId, Pump, PumpEvent, QueueId, StorageFailure, Token};
 use crate::buffers::Span;
 use crate::disk::Disk;
-use crate::hypervisor::{CopyDirection, CopySegment, Hypervisor, Port};
-use crate::limits::COLLECT_SEGMENTS;
+use crate::hypervisor::{CopyDirection, Hypervisor, Port};
 use crate::queue::{FrontendMisbehaved, Stage};
 use crate::storage::{Done, Io, IoKind, Storage, StorageError};
-
-/// A request whose data is being copied; the segments of a batch lie in the order of its requests.
-#[derive(Clone, Copy, Debug)]
-struct Copying {
-    queue: u32,
-    place: u16,
-    segments: u16,
-}
-
-/// A batch of grant copies, one direction.
-#[derive(Debug, Default)]
-struct Batch {
-    segments: Vec<CopySegment>,
-    requests: Vec<Copying>,
-}
-
-impl Batch {
-    /// Takes the requests of a queue out; their places go to `dropped`.
-    fn forget(&mut self, queue: u32, dropped: &mut Vec<u16>) {
-        let (mut from, segments) = (0, &mut self.segments);
-        self.requests.retain(|request| {
-            let to = from + usize::from(request.segments);
-            if request.queue != queue {
-                from = to;
-                return true;
-            }
-            segments.drain(from..to.min(segments.len()));
-            dropped.push(request.place);
-            false
-        });
-    }
-}
 
 /// Tables that every turn uses again.
 #[derive(Debug, Default)]
@@ -49,10 +17,7 @@ pub(super) struct Scratch {
     pub(super) ports: Vec<Port>,
     pub(super) unmask: Vec<Port>,
     pub(super) resting: Vec<u32>,
-    /// Descriptors of indirect requests.
-    described: Batch,
-    incoming: Batch,
-    outgoing: Batch,
+    pub(super) copies: Copies,
     served: Vec<u64>,
     /// Disks on which a flush or barrier may have become ready.
     flush_disks: Vec<u32>,
@@ -76,8 +41,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
     /// Takes what storage has finished, and hands the data of reads to the guests.
     pub(super) fn collect(&mut self) -> bool {
         let mut progress = false;
-        while self.scratch.outgoing.segments.len() < COLLECT_SEGMENTS {
-            let Some(done) = self.storage.done() else { break };
+        while let Some(done) = self.storage.done() {
             progress = true;
             match Token::decode(done.token) {
                 Some(Token::Request { queue, place }) => self.transfer_done(queue, place, &done),
@@ -85,13 +49,21 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
                 Some(Token::Sync(_)) | None => {}
             }
         }
-        let mut batch = std::mem::take(&mut self.scratch.outgoing);
-        self.run_batch(&mut batch, |pump, queue, place, failed| match failed {
-            None => pump.finish(queue, place, Status::Okay),
-            Some(grant) => pump.bad_grant(queue, place, grant),
-        });
-        self.scratch.outgoing = batch;
+        self.run_batch(|copies| &mut copies.outgoing, usize::MAX, Pump::handed_out);
         progress
+    }
+
+    /// Hands out the data of long reads, a part of it. True if there was some.
+    pub(super) fn copy_out_long(&mut self) -> bool {
+        let most = self.slice();
+        self.run_batch(|copies| &mut copies.outgoing_long, most, Pump::handed_out)
+    }
+
+    fn handed_out(&mut self, id: u32, place: u16, failed: Option<u32>) {
+        match failed {
+            None => self.finish(id, place, Status::Okay),
+            Some(grant) => self.bad_grant(id, place, grant),
+        }
     }
 
     fn transfer_done(&mut self, id: u32, place: u16, done: &Done) {
@@ -160,34 +132,28 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
 
     pub(super) fn queue_copy(&mut self, id: u32, place: u16, direction: CopyDirection) {
         let Some(queue) = self.queues.get(id as usize).and_then(Option::as_ref) else { return };
-        let batch = match direction {
-            CopyDirection::FromGuest => &mut self.scratch.incoming,
-            CopyDirection::ToGuest => &mut self.scratch.outgoing,
-        };
-        let before = batch.segments.len();
-        queue.copies(place, direction, self.storage.buffers(), &mut batch.segments);
-        let segments = u16::try_from(batch.segments.len() - before).unwrap_or(0);
-        batch.requests.push(Copying { queue: id, place, segments });
+        let count = queue.segments(place);
+        let batch = self.scratch.copies.of(direction, count);
+        batch.push(id, place, |segments| queue.copies(place, direction, self.storage.buffers(), segments));
     }
 
     /// Has the descriptors of an indirect request copied in the next batch of them.
     pub(super) fn fetch_descriptors(&mut self, id: u32, place: u16) {
         let Some(queue) = self.queues.get(id as usize).and_then(Option::as_ref) else { return };
         let Some(copy) = queue.descriptor_copy(place) else { return };
-        self.scratch.described.segments.push(copy);
-        self.scratch.described.requests.push(Copying { queue: id, place, segments: 1 });
+        self.scratch.copies.described.push(id, place, |segments| segments.push(copy));
     }
 
     /// Fetches the descriptors of all indirect requests of this round from the guests, and reads them from the copy.
     pub(super) fn describe(&mut self) -> bool {
-        let mut batch = std::mem::take(&mut self.scratch.described);
-        let progress = !batch.requests.is_empty();
-        self.run_batch(&mut batch, |pump, queue, place, failed| match failed {
-            None => pump.described(queue, place),
-            Some(grant) => pump.bad_grant(queue, place, grant),
-        });
-        self.scratch.described = batch;
-        progress
+        self.run_batch(
+            |copies| &mut copies.described,
+            usize::MAX,
+            |pump, queue, place, failed| match failed {
+                None => pump.described(queue, place),
+                Some(grant) => pump.bad_grant(queue, place, grant),
+            },
+        )
     }
 
     fn described(&mut self, id: u32, place: u16) {
@@ -207,64 +173,22 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
 
     /// Drops the copies that a queue has ordered and not got: its guest is gone.
     pub(super) fn forget_copies(&mut self, id: u32) {
-        let scratch = &mut self.scratch;
         let mut dropped = Vec::new();
-        for batch in [&mut scratch.described, &mut scratch.incoming, &mut scratch.outgoing] {
-            batch.forget(id, &mut dropped);
-        }
+        self.drop_copies(id, &mut dropped);
         for place in dropped {
             self.finish(id, place, Status::Error);
         }
     }
 
-    /// Copies a batch, and calls `then` for each of its requests with the grant that failed, if one did.
-    fn run_batch(&mut self, batch: &mut Batch, then: fn(&mut Self, u32, u16, Option<u32>)) {
-        if batch.requests.is_empty() {
-            return;
-        }
-        if let Err(error) = self.hypervisor.copy(&mut batch.segments) {
-            log::warn!(
-                "a batch of {} grant copies failed: {error:?}; copying one by one",
-                batch.segments.len()
-            );
-            self.copy_one_by_one(batch);
-        }
-        let mut rest = batch.segments.as_slice();
-        for request in &batch.requests {
-            let (own, behind) = rest.split_at_checked(request.segments.into()).unwrap_or((rest, &[]));
-            rest = behind;
-            let failed = own.iter().find(|segment| !segment.copied);
-            then(self, request.queue, request.place, failed.map(|segment| segment.grant));
-        }
-        batch.segments.clear();
-        batch.requests.clear();
-    }
-
-    /// Copies each request of a batch by itself: what is wrong with one, or with so large a batch while memory is short, is
-    /// no reason to fail the requests of every guest.
-    fn copy_one_by_one(&mut self, batch: &mut Batch) {
-        let mut rest = batch.segments.as_mut_slice();
-        for request in &batch.requests {
-            let Some((own, behind)) = rest.split_at_mut_checked(request.segments.into()) else { return };
-            rest = behind;
-            if let Err(error) = self.hypervisor.copy(own) {
-                log::error!("a request's {} grant copies failed: {error:?}", own.len());
-                // On failure of the call the statuses mean nothing.
-                own.iter_mut().for_each(|segment| segment.copied = false);
-            }
-        }
-    }
-
-    /// Fetches the data of all writes of this round from the guests, and queues their transfers.
+    /// Fetches the data of the writes of this round from the guests, of long ones a part, and queues their transfers.
     pub(super) fn copy_in(&mut self) -> bool {
-        let mut batch = std::mem::take(&mut self.scratch.incoming);
-        let progress = !batch.requests.is_empty();
-        self.run_batch(&mut batch, |pump, queue, place, failed| match failed {
+        let then: fn(&mut Self, u32, u16, Option<u32>) = |pump, queue, place, failed| match failed {
             None => pump.queue_transfer(queue, place, IoKind::Write),
             Some(grant) => pump.bad_grant(queue, place, grant),
-        });
-        self.scratch.incoming = batch;
-        progress
+        };
+        let most = self.slice();
+        let short = self.run_batch(|copies| &mut copies.incoming, usize::MAX, then);
+        short | self.run_batch(|copies| &mut copies.incoming_long, most, then)
     }
 
     fn bad_grant(&mut self, id: u32, place: u16, grant: u32) {

@@ -43,9 +43,21 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             self.storage.submit();
             progress |= self.collect();
             self.publish();
+            if self.fair.dispatch(&mut self.storage, now) {
+                // Before the long copies, so that the device is not idle meanwhile.
+                self.storage.submit();
+            }
+            let long = self.copy_out_long();
+            if long {
+                self.publish();
+            }
             progress |= self.rest();
             progress |= self.scratch.has_flushes();
-            if !progress {
+            if self.scratch.copies.wait() && self.fair.is_shared(now) {
+                // Others may have come meanwhile.
+                return true;
+            }
+            if !(progress || long) {
                 return false;
             }
         }

@@ -140,8 +140,7 @@ impl Play {
         host.attach(DOMAIN, &path, &[("mode", Some(mode))]);
         let puppet = Puppet::new(&host.shared, DOMAIN, abi, ring_pages);
         let writes: Rc<RefCell<VecDeque<_>>> = Rc::default();
-        let meddler =
-            Meddler { domain: DOMAIN, memory: puppet.memory.clone(), writes: writes.clone() };
+        let meddler = Meddler { domain: DOMAIN, memory: puppet.memory.clone(), writes: writes.clone() };
         host.shared.guests.borrow_mut().push(Box::new(meddler));
         if setting & 0x80 == 0 {
             // Most scripts begin where a ring is served.
@@ -249,8 +248,7 @@ impl Play {
     fn set_permissions(&mut self, choice: u8) {
         let own = self.host.own;
         let access = [Access::None, Access::Read, Access::Write, Access::Both][usize::from(choice % 4)];
-        let list =
-            [Permission { domain: DOMAIN, access: Access::None }, Permission { domain: own, access }];
+        let list = [Permission { domain: DOMAIN, access: Access::None }, Permission { domain: own, access }];
         let fe = Host::fe(DOMAIN);
         let path = if choice & 4 == 0 {
             fe
