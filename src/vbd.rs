@@ -76,8 +76,8 @@ enum Ring {
 /// A publication in flight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum InFlight {
-    /// This state; `first` when the directory was new.
-    State { state: u8, first: bool },
+    /// This state; with the timer that it has to stay for when the directory was new.
+    State { state: u8, settle: Option<Timer> },
     /// A text, and no change of state.
     Note,
     /// The removal of the directory.
@@ -273,7 +273,7 @@ impl Vbd {
     }
 
     fn published(&mut self, in_flight: InFlight, actions: &mut Actions) {
-        let InFlight::State { state, first } = in_flight else {
+        let InFlight::State { state, settle } = in_flight else {
             return;
         };
         self.advanced = true;
@@ -286,8 +286,8 @@ impl Vbd {
         {
             serving.announced = true;
         }
-        if state == view::INIT_WAIT && first && !self.stopping {
-            self.arm(Timer::Settle, actions);
+        if let (view::INIT_WAIT, Some(settle), false) = (state, settle, self.stopping) {
+            self.arm(settle, actions);
         }
     }
 
@@ -352,7 +352,7 @@ impl Vbd {
         }
         let fired = match timer {
             Timer::Linger => Alarm::Fired,
-            Timer::Settle | Timer::Retry | Timer::Republish => Alarm::Off,
+            Timer::SettleForScript | Timer::Settle | Timer::Retry | Timer::Republish => Alarm::Off,
         };
         self.alarms[timer as usize] = fired;
         if timer == Timer::Retry

@@ -27,19 +27,24 @@ scenario() {
   sweep
 }
 
+# tell WORDS: a line of the whole run's log. told COMMAND...: likewise each line that it prints.
+tell() { echo "@say $DOMAIN: $*" >/dev/hvc0; }
+told() { "$@" 2>&1 | while IFS= read -r word; do tell "  $word"; done; }
+
 only_vbdd_log() { case $FLAVOUR in vbdd*) vbdd_log "$DOMAIN" | tail -30 ;; esac; }
 fail() { echo "reason: $*"; exit 1; }
 skip() { echo "$*"; exit 77; }
 
 only_vbdd() { case $FLAVOUR in vbdd*) ;; *) skip "needs vbdd" ;; esac; }
 
-# Removes what a scenario left attached, and its images.
+# Removes what a scenario left attached, and its images; the guest KEEP and images not called t-… stay for the next one.
 sweep() {
   local file name disk be
   for file in /run/plug.*; do
     [ -e "$file" ] || continue
     name=${file#/run/plug.} disk=${name#*.} name=${name%%.*}
     [ "$name" = storage ] && continue
+    [ "$name" = "${KEEP:-}" ] && [ -e "/run/$name.domid" ] && continue
     [ -e "/run/$name.domid" ] && force_unplug "$name" "$disk"
     rm -f "$file"
   done
@@ -65,10 +70,10 @@ have_guest() {
   guest "$@" && start "$1" || fail "the guest $1 did not boot"
 }
 
-# image NAME MEGABYTES: a fresh image t-NAME for one scenario. Prints its path in the backend's domain.
+# image NAME MEGABYTES [PREFIX]: a fresh image PREFIX-NAME (t) for one scenario. Prints its path in the backend's domain.
 image() {
-  on "$DOMAIN" "rm -f $IMAGES/t-$1; truncate -s ${2}M $IMAGES/t-$1" || fail "cannot make the image $1"
-  echo "$IMAGES/t-$1"
+  on "$DOMAIN" "rm -f $IMAGES/${3:-t}-$1; truncate -s ${2}M $IMAGES/${3:-t}-$1" || fail "cannot make the image $1"
+  echo "$IMAGES/${3:-t}-$1"
 }
 
 # disk GUEST DISK MODE FILE: attaches and waits until the guest has it.

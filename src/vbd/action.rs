@@ -173,7 +173,10 @@ impl Publication {
 /// Delays that a vbd asks for. At most one of each is armed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Timer {
-    /// State 2 of a new device stays at least that long: libxl waits for exactly 2 and must get to see it.
+    /// State 2 of a new device with a `script` node stays at least that long: such a device is libxl's, which waits 10 s for
+    /// exactly 2 and must get to see it even on a busy host.
+    SettleForScript,
+    /// The same for other devices, whose toolstacks wait for nothing or for `hotplug-status`.
     Settle,
     /// State 6 stays at least that long before the directory is removed: a toolstack that misses it cleans nothing.
     Linger,
@@ -185,7 +188,8 @@ pub enum Timer {
 
 impl Timer {
     /// Every timer.
-    pub const ALL: [Timer; 4] = [Timer::Settle, Timer::Linger, Timer::Retry, Timer::Republish];
+    pub const ALL: [Timer; 5] =
+        [Timer::SettleForScript, Timer::Settle, Timer::Linger, Timer::Retry, Timer::Republish];
 
     /// How long, in milliseconds.
     #[must_use]
@@ -193,7 +197,7 @@ impl Timer {
         match self {
             Timer::Settle => 100,
             Timer::Linger | Timer::Retry => 1000,
-            Timer::Republish => 2000,
+            Timer::SettleForScript | Timer::Republish => 2000,
         }
     }
 }

@@ -410,8 +410,13 @@ impl Vbd {
 
     /// Not while a publication failed a moment ago, nor while a toolstack has yet to see our 2.
     fn may_publish(&self, view: &View) -> bool {
-        let settling = view.online && view.be == INIT_WAIT && self.alarm(Timer::Settle) == Alarm::Armed;
-        self.publishing.is_none() && self.alarm(Timer::Republish) == Alarm::Off && !settling
+        // A script that has done its work was started by a toolstack that has seen 2.
+        let seen = view.hotplug_connected && !view.plays_script;
+        let settling = (self.alarm(Timer::SettleForScript) == Alarm::Armed && !seen)
+            || self.alarm(Timer::Settle) == Alarm::Armed;
+        self.publishing.is_none()
+            && self.alarm(Timer::Republish) == Alarm::Off
+            && !(settling && view.online && view.be == INIT_WAIT)
     }
 
     fn publish_state(&mut self, state: u8, view: &View, world: &World, actions: &mut Actions) {
@@ -426,7 +431,12 @@ impl Vbd {
             _ => None,
         };
         let publication = publish::state(state, wording, view, geometry, &self.image, world);
-        self.publishing = Some(InFlight::State { state, first: view.be == INITIALISING });
+        let settle = (view.be == INITIALISING).then_some(if view.has_script {
+            Timer::SettleForScript
+        } else {
+            Timer::Settle
+        });
+        self.publishing = Some(InFlight::State { state, settle });
         actions.push(Action::Publish(publication));
     }
 }

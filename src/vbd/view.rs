@@ -58,6 +58,7 @@ pub(super) struct View {
     pub(super) rings: Result<Vec<RingPlan>, Misdeed>,
     /// What the disk is to be served with.
     pub(super) terms: Terms,
+    pub(super) has_script: bool,
     pub(super) plays_script: bool,
     /// The toolstack's script may still be at work.
     pub(super) script_pending: bool,
@@ -111,6 +112,7 @@ impl Read {
             device,
             rings: rings(&terms, trusting, world),
             terms,
+            has_script,
             plays_script,
             script_pending: !plays_script && has_script && !hotplug_connected,
             hotplug_connected,

@@ -48,7 +48,7 @@ fn with_the_toolstacks_script_2_comes_first_and_the_image_when_the_frontend_conn
     host.run();
     assert_eq!(host.took(), "2");
     assert_eq!((host.be("hotplug-status"), host.be("sectors")), (None, None));
-    host.fire(Timer::Settle).put(BE, "hotplug-status", "connected");
+    host.fire(Timer::SettleForScript).put(BE, "hotplug-status", "connected");
     host.run().ring(8, 9).fe(3);
     assert_eq!(host.took(), "open /dev/vg/a, connect [8]/9, 4");
     assert_eq!((host.be("sectors"), host.be("info")), (Some("2048"), Some("0")));
@@ -66,7 +66,7 @@ fn dom0_without_a_script_node_plays_the_script() {
 #[test]
 fn the_toolstacks_script_may_make_the_image_appear_later() {
     let mut host = Host::new(Place::Dom0);
-    host.run().fire(Timer::Settle);
+    host.run().fire(Timer::SettleForScript);
     host.open_error = Some("no such device".into());
     host.ring(8, 9).fe(3);
     assert_eq!(host.took(), "2, open /dev/vg/a");
@@ -82,7 +82,7 @@ fn the_toolstacks_script_may_make_the_image_appear_later() {
 fn an_image_that_never_appears_is_given_up() {
     let mut host = Host::new(Place::Dom0);
     host.config.attempts = 3;
-    host.run().fire(Timer::Settle);
+    host.run().fire(Timer::SettleForScript);
     host.open_error = Some("no such device".into());
     host.ring(8, 9).fe(3).fire(Timer::Retry).fire(Timer::Retry);
     assert_eq!(host.took(), "2, open /dev/vg/a, open /dev/vg/a, open /dev/vg/a, 6");
@@ -98,6 +98,36 @@ fn two_stays_visible_for_a_moment_when_the_device_is_new() {
     assert_eq!(host.took(), "open /dev/vg/a, 2, connect [8]/9");
     host.fire(Timer::Settle);
     assert_eq!(host.took(), "4");
+}
+
+#[test]
+fn two_stays_longer_where_libxl_waits_for_it() {
+    let (long, brief) = (Timer::SettleForScript.delay_ms(), Timer::Settle.delay_ms());
+    assert!(long >= 2000 && brief <= 100, "{long} {brief}");
+    let mut host = Host::new(DRIVER);
+    host.put(BE, "script", "block");
+    host.run();
+    assert!(host.timers.contains(&Timer::SettleForScript) && !host.timers.contains(&Timer::Settle));
+    let mut host = Host::new(DRIVER);
+    host.run();
+    assert!(host.timers.contains(&Timer::Settle) && !host.timers.contains(&Timer::SettleForScript));
+    host.ring(8, 9).fe(3).fire(Timer::Settle);
+    assert_eq!(host.took(), "open /dev/vg/a, 2, connect [8]/9, 4");
+}
+
+#[test]
+fn a_script_that_has_run_proves_that_2_was_seen() {
+    let mut host = Host::new(Place::Dom0);
+    host.run().ring(8, 9).fe(3);
+    assert_eq!(host.state(), 2);
+    host.put(BE, "hotplug-status", "connected");
+    host.run();
+    assert_eq!(host.state(), 4);
+    // In a driver domain the node is our own.
+    let mut host = Host::new(DRIVER);
+    host.put(BE, "script", "block");
+    host.run().ring(8, 9).fe(3);
+    assert_eq!((host.state(), host.be("hotplug-status")), (2, Some("connected")));
 }
 
 #[test]

@@ -158,6 +158,16 @@ impl Host {
         self.run()
     }
 
+    /// Lets the time of a new device's 2 pass, however long it is.
+    pub(crate) fn settle(&mut self) -> &mut Host {
+        for timer in [Timer::Settle, Timer::SettleForScript] {
+            if self.timers.contains(&timer) {
+                self.fire(timer);
+            }
+        }
+        self
+    }
+
     /// The log since the last call.
     pub(crate) fn took(&mut self) -> String {
         std::mem::take(&mut self.log).join(", ")
@@ -167,9 +177,7 @@ impl Host {
     pub(crate) fn connected(place: Place) -> Host {
         let mut host = Host::new(place);
         host.run();
-        if host.timers.contains(&Timer::Settle) {
-            host.fire(Timer::Settle);
-        }
+        host.settle();
         host.ring(8, 9).fe(3).fe(4);
         assert_eq!(host.state(), 4, "{:?}", host.log);
         host.log.clear();

@@ -35,9 +35,7 @@ fn a_stop_at_any_moment_of_connecting() {
         assert!(host.timers.is_empty());
         host.killed();
         host.ring(8, 9).fe(3).run();
-        if host.timers.contains(&Timer::Settle) {
-            host.fire(Timer::Settle);
-        }
+        host.settle();
         assert_eq!(host.state(), 4, "{hold}");
     }
 }
