@@ -20,7 +20,7 @@ use xenstore::{JobId, Outcome, Path, WatchToken};
 
 use crate::hypervisor::{DomainId, Hypervisor};
 use crate::journal::JournalStore;
-use crate::limits::{WORLD_READ_INTERVAL, WORLD_READS_BURST};
+use crate::limits::{WORLD_READ_INTERVAL, WORLD_READ_NODES, WORLD_READS_BURST};
 use crate::pump::{DiskId, DiskPlan, Pump, PumpEvent, QueueId};
 use crate::queue::FrontendMisbehaved;
 use crate::storage::{Identity, OpenError, Opened, Storage};
@@ -40,6 +40,9 @@ pub struct Options {
     /// How each vbd behaves.
     pub vbd: Config,
 }
+
+// One job reads the nodes of the largest ring.
+const _: () = assert!(vbd::FURTHER_KEYS_MAX <= xenstore::limits::NODES_PER_JOB_MAX);
 
 /// What a xenstore job was for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -436,6 +439,9 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
         let paths: Vec<Path> =
             further.iter().filter_map(|key| actions::path_of(&address, own, key)).collect();
         let Some(device) = self.devices.get_mut(&address) else { return };
+        // Many queues are many nodes: they count as more reads.
+        let more = u32::try_from(paths.len()).unwrap_or(u32::MAX) / WORLD_READ_NODES;
+        device.reads.charge(self.now, more, WORLD_READ_INTERVAL);
         match session.submit(xenstore::Job::Read(paths)) {
             Ok(id) => {
                 device.partial = Some((world, further));

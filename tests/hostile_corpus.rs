@@ -65,6 +65,16 @@ fn replies_of_the_corpus() {
 }
 
 #[test]
+fn indirect_requests_of_the_corpus() {
+    replay("indirect", hostile_support::indirect::play);
+}
+
+#[test]
+fn indirect_requests_drawn_at_random() {
+    drawn(200, hostile_support::indirect::play);
+}
+
+#[test]
 fn connections_drawn_at_random() {
     drawn(30, hostile_support::script::play);
 }

@@ -10,6 +10,7 @@
     clippy::cast_possible_truncation
 )]
 
+pub mod indirect;
 pub mod lines;
 pub mod puppet;
 pub mod script;

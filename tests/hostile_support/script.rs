@@ -76,24 +76,24 @@ const VALUES: [&str; 24] = [
     " 4",
 ];
 
-struct Bytes<'a>(&'a [u8]);
+pub struct Bytes<'a>(pub &'a [u8]);
 
 impl Bytes<'_> {
-    fn next(&mut self) -> Option<u8> {
+    pub fn next(&mut self) -> Option<u8> {
         let (first, rest) = self.0.split_first()?;
         self.0 = rest;
         Some(*first)
     }
 
-    fn byte(&mut self) -> u8 {
+    pub fn byte(&mut self) -> u8 {
         self.next().unwrap_or(0)
     }
 
-    fn word(&mut self) -> u16 {
+    pub fn word(&mut self) -> u16 {
         u16::from_le_bytes([self.byte(), self.byte()])
     }
 
-    fn some(&mut self, most: usize) -> Vec<u8> {
+    pub fn some(&mut self, most: usize) -> Vec<u8> {
         let length = usize::from(self.byte()) % (most + 1);
         (0..length).map(|_| self.byte()).collect()
     }
