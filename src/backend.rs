@@ -5,6 +5,7 @@
 //! state machine (`vbd`); this module carries out the actions and brings back the answers.
 
 mod actions;
+mod media;
 mod notices;
 mod offers;
 mod queues;
@@ -20,7 +21,7 @@ use xenstore::{JobId, Outcome, Path, WatchToken};
 
 use crate::hypervisor::{DomainId, Hypervisor};
 use crate::journal::JournalStore;
-use crate::limits::{WORLD_READ_INTERVAL, WORLD_READ_NODES, WORLD_READS_BURST};
+use crate::limits::{SIZES_INTERVAL, WORLD_READ_INTERVAL, WORLD_READ_NODES, WORLD_READS_BURST};
 use crate::pump::{DiskId, DiskPlan, Pump, PumpEvent, QueueId};
 use crate::queue::FrontendMisbehaved;
 use crate::storage::{Identity, OpenError, Opened, Storage};
@@ -29,6 +30,7 @@ use crate::vbd::{
     Vbd, World,
 };
 use crate::xenbus::Session;
+pub use media::Measured;
 use notices::Bucket;
 pub use status::{DeviceStatus, Totals};
 
@@ -120,6 +122,8 @@ pub struct Backend<H, S> {
     crowded: Vec<Address>,
     /// Directories whose listing did: at most one for each guest and kind.
     unlisted: Vec<Purpose>,
+    /// When the sizes of the images were looked at.
+    sizes_at: Duration,
     stopping: bool,
 }
 
@@ -147,6 +151,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
             pending: VecDeque::new(),
             crowded: Vec::new(),
             unlisted: Vec::new(),
+            sizes_at: now,
             stopping: false,
         }
     }
@@ -175,6 +180,10 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
     pub fn turn(&mut self, session: &mut Session, now: Duration) -> bool {
         self.now = now;
         self.fire_timers();
+        if now >= self.sizes_at + SIZES_INTERVAL {
+            self.sizes_at = now;
+            self.look_at_sizes();
+        }
         while let Some(event) = session.event() {
             self.store_event(session, event);
         }

@@ -70,6 +70,11 @@ pub const DEVICE_CONTENDED_FOR: Duration = Duration::from_secs(1);
 /// flight, into data memory; at most eight pieces of 128 KiB hold its data.
 pub const INDIRECT_SEGMENTS: u16 = rings::INDIRECT_SEGMENTS_MAX;
 
+/// Memory of a queue's tables under load, in bytes: 256 for each request that was ever in flight at once, and 40 for each
+/// slot of the ring; 9 KiB for a ring of 32, 148 KiB for one of 512. At rest the first part is given back: 20 KiB for a
+/// ring of 512, to which its journal adds 68 KiB in the state directory (8 KiB for a ring of 32).
+pub const QUEUE_BYTES_MAX: usize = 512 * (256 + 40);
+
 /// Rounds that the pump makes before its caller looks at xenstore and timers again: 8 rounds of 32 requests a queue.
 pub const ROUNDS_PER_TURN: u32 = 8;
 
@@ -87,6 +92,10 @@ pub const WORLD_READ_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Nodes of further queues and pages that count as one more read: the largest ring's 136 count as four.
 pub const WORLD_READ_NODES: u32 = 30;
+
+/// How often the sizes of the open images are looked at while anything happens at all: one system call a disk, so 100 a
+/// second for 1 000 disks. A host at rest is not woken for it.
+pub const SIZES_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Log lines about one disk: 10 at once, then one each 10 seconds; with 1 000 hostile disks 100 lines a second.
 pub const NOTICES_BURST: u32 = 10;

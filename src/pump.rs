@@ -23,7 +23,7 @@ use crate::journal::{Journal, JournalStore, Memory, RECORD_VERSION, RingRecord};
 use crate::limits::REPORTS_MAX;
 use crate::queue::{Counters, FrontendMisbehaved, Queue};
 use crate::storage::{FileId, Storage};
-pub(crate) use memory::Held;
+pub(crate) use memory::{Held, Rows};
 
 /// Names a queue of the pump.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -174,6 +174,7 @@ pub struct Pump<H, S> {
     touched: Vec<u32>,
     guests: memory::Guests,
     fair: fair::Fair,
+    rows: Rows,
     /// Queues with requests that wait for memory, in line.
     starved: VecDeque<u32>,
     /// The first of them that waits for others, and since when.
@@ -202,6 +203,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             touched: Vec::new(),
             guests: memory::Guests::default(),
             fair: fair::Fair::default(),
+            rows: Rows::default(),
             starved: VecDeque::new(),
             first_in_line: None,
             now: Duration::ZERO,
@@ -232,7 +234,16 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
     /// Removes a disk that no queue uses, and closes its image.
     pub fn remove_disk(&mut self, disk: DiskId) {
         if let Some(disk) = self.disks.get_mut(disk.0 as usize).and_then(Option::take) {
-            self.storage.close(disk.file);
+            if disk.file != FileId::NONE {
+                self.storage.close(disk.file);
+            }
+        }
+    }
+
+    /// Tells a disk its new size. Requests past it are refused from now on.
+    pub fn resize_disk(&mut self, disk: DiskId, size_sectors: u64) {
+        if let Some(disk) = self.disk(disk.0) {
+            disk.image = formats::Raw::of_sectors(size_sectors);
         }
     }
 
@@ -341,6 +352,12 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
     #[must_use]
     pub fn has_work(&self) -> bool {
         !self.ready.is_empty() || self.scratch.has_flushes() || self.scratch.copies.wait()
+    }
+
+    /// Gives the memory of past load back, tables and data. Meant for moments without load.
+    pub fn trim(&mut self) {
+        self.queues.iter_mut().flatten().for_each(Queue::trim);
+        self.storage.trim();
     }
 
     /// When [`Pump::turn`] wants to be called though nothing happens: an event channel's delay ends, or

@@ -134,7 +134,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         let Some(queue) = self.queues.get(id as usize).and_then(Option::as_ref) else { return };
         let count = queue.segments(place);
         let batch = self.scratch.copies.of(direction, count);
-        batch.push(id, place, |segments| queue.copies(place, direction, self.storage.buffers(), segments));
+        batch.push(id, place, |segments| queue.copies(place, direction, (&self.rows, self.storage.buffers()), segments));
     }
 
     /// Has the descriptors of an indirect request copied in the next batch of them.
@@ -211,7 +211,9 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             return self.finish(id, place, Status::Error);
         };
         let (length, mut at) = (one.request.length_bytes(), 0);
-        while let Some(span) = one.held.part(at, length - at).filter(|span| span.length_bytes() > 0) {
+        while let Some(span) =
+            self.rows.part(&one.held, at, length - at).filter(|span| span.length_bytes() > 0)
+        {
             let offset_bytes = offset_bytes + u64::from(at);
             let token = Token::of_transfer(id, place, span.length_bytes());
             let io = Io { token, file: disk.file, kind, offset_bytes, span };

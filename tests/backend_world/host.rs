@@ -116,6 +116,11 @@ impl Host {
         self.store.watches_of(id).into_iter().map(|(path, _)| path).collect()
     }
 
+    /// The backend was asked for something beside its turns.
+    pub fn wake(&mut self) {
+        self.again = true;
+    }
+
     /// The process ends at once.
     pub fn kill(&mut self) {
         self.backend = None;

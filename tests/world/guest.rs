@@ -52,6 +52,8 @@ pub struct Habits {
     pub odd: u64,
     /// Its answers must come in the order of its requests.
     pub in_order: bool,
+    /// The disk has fewer sectors than the model: what lies past this must be refused.
+    pub end: Option<u64>,
 }
 
 impl Habits {
@@ -77,6 +79,7 @@ impl Habits {
             barriers: 0,
             odd: 1,
             in_order: false,
+            end: None,
         }
     }
 }
@@ -253,7 +256,9 @@ impl SaneGuest {
         let indirect = !flushes && !odd && !with_data && shared.chance(habits.indirect, 16);
         let pages = match (flushes || odd, indirect) {
             (true, _) => 0,
-            (_, true) => 1 + shared.below(habits.indirect_max.min(model.size() / 8)),
+            (_, true) => {
+                1 + shared.below(habits.indirect_max.min(model.size() / 8).min(habits.frames as u64 - 1))
+            }
             (_, false) => habits.segments_min + shared.below(habits.segments_max - habits.segments_min + 1),
         };
         if queue.free.len() < pages as usize + usize::from(indirect) {
@@ -379,6 +384,9 @@ impl SaneGuest {
             Want::Flush { .. } => {}
         }
         let cause = self.cause(pending, model.image, okay, shared);
+        if self.habits.end.is_some_and(|end| pending.count > 0 && pending.sector + pending.count > end) {
+            return if status == -1 { Ok(()) } else { Err("though it lies past the end".to_owned()) };
+        }
         match (status, cause) {
             (0, Some(true)) => Err("though it was made to fail".to_owned()),
             (0, _) | (-1, Some(_)) => Ok(()),

@@ -242,6 +242,15 @@ impl Media {
         image.cached.retain(|_, versions| !versions.is_empty());
     }
 
+    /// Somebody makes an image longer or shorter.
+    pub fn resize(&mut self, image: usize, sectors: usize) {
+        let image = &mut self.images[image];
+        image.cached.retain(|sector, _| *sector < sectors);
+        image.forgotten.retain(|sector, _| *sector < sectors);
+        image.visible.resize(sectors, [0; SECTOR]);
+        image.durable.resize(sectors, [0; SECTOR]);
+    }
+
     /// The durable content of a sector; of the cache nothing is asked.
     pub fn durable(&self, image: usize, sector: usize) -> &Sector {
         &self.images[image].durable[sector]
@@ -355,10 +364,11 @@ impl Storage for SimStorage {
     fn open(&mut self, token: u64, path: &str, access: Access) {
         self.shared.point("open", token, 0);
         let mut media = self.shared.media.borrow_mut();
+        let path = path.replace("//", "/");
         let found = media.images.iter_mut().position(|image| image.path == path);
         let answer = match found {
             Some(image) if media.images[image].read_only && access == Access::ReadWrite => {
-                Err(OpenError { path: path.to_owned(), reason: "is read-only".to_owned() })
+                Err(OpenError { path, reason: "is read-only".to_owned() })
             }
             Some(image) => {
                 self.files.push(Some(image));
@@ -372,13 +382,18 @@ impl Storage for SimStorage {
                     locked: true,
                 })
             }
-            None => Err(OpenError { path: path.to_owned(), reason: "does not exist".to_owned() }),
+            None => Err(OpenError { path, reason: "does not exist".to_owned() }),
         };
         self.opened.push_back((token, answer));
     }
 
     fn opened(&mut self) -> Option<(u64, Result<Opened, OpenError>)> {
         self.opened.pop_front()
+    }
+
+    fn measure(&mut self, file: FileId) -> Option<u64> {
+        let image = self.files.get(file.0 as usize).copied().flatten()?;
+        Some((self.shared.media.borrow().images[image].visible.len() * SECTOR) as u64)
     }
 
     fn close(&mut self, file: FileId) {
