@@ -5,6 +5,7 @@
 //! state machine (`vbd`); this module carries out the actions and brings back the answers.
 
 mod actions;
+mod media;
 mod notices;
 mod offers;
 mod queues;
@@ -20,7 +21,7 @@ use xenstore::{JobId, Outcome, Path, WatchToken};
 
 use crate::hypervisor::{DomainId, Hypervisor};
 use crate::journal::JournalStore;
-use crate::limits::{WORLD_READ_INTERVAL, WORLD_READS_BURST};
+use crate::limits::{SIZES_INTERVAL, WORLD_READ_INTERVAL, WORLD_READ_NODES, WORLD_READS_BURST};
 use crate::pump::{DiskId, DiskPlan, Pump, PumpEvent, QueueId};
 use crate::queue::FrontendMisbehaved;
 use crate::storage::{Identity, OpenError, Opened, Storage};
@@ -29,6 +30,7 @@ use crate::vbd::{
     Vbd, World,
 };
 use crate::xenbus::Session;
+pub use media::Measured;
 use notices::Bucket;
 pub use status::{DeviceStatus, Totals};
 
@@ -40,6 +42,9 @@ pub struct Options {
     /// How each vbd behaves.
     pub vbd: Config,
 }
+
+// One job reads the nodes of the largest ring.
+const _: () = assert!(vbd::FURTHER_KEYS_MAX <= xenstore::limits::NODES_PER_JOB_MAX);
 
 /// What a xenstore job was for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,6 +125,8 @@ pub struct Backend<H, S> {
     /// No timer of a device is due before this: the loop passes here with every batch of requests, and must not look at
     /// every device. May be too early, as timers are cancelled.
     timers_due: Option<Duration>,
+    /// When the sizes of the images were looked at.
+    sizes_at: Duration,
     stopping: bool,
 }
 
@@ -148,6 +155,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
             crowded: Vec::new(),
             unlisted: Vec::new(),
             timers_due: None,
+            sizes_at: now,
             stopping: false,
         }
     }
@@ -176,6 +184,10 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
     pub fn turn(&mut self, session: &mut Session, now: Duration) -> bool {
         self.now = now;
         self.fire_timers();
+        if now >= self.sizes_at + SIZES_INTERVAL {
+            self.sizes_at = now;
+            self.look_at_sizes();
+        }
         while let Some(event) = session.event() {
             self.store_event(session, event);
         }
@@ -397,7 +409,9 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
             self.notice(address, log::Level::Warn, &text);
         }
         let sectors = raw.geometry().sectors;
-        let disk = self.pump.add_disk(&DiskPlan::new(opened.file, sectors, request.read_only));
+        let (Identity::File { device, .. } | Identity::Device { number: device }) = opened.identity;
+        let plan = DiskPlan { device, ..DiskPlan::new(opened.file, sectors, request.read_only) };
+        let disk = self.pump.add_disk(&plan);
         let physical_sector_bytes = opened.physical_block_bytes;
         if let Some(device) = self.devices.get_mut(&address) {
             device.image = Some(OpenImage { opened, disk, request });
@@ -448,6 +462,9 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
         let paths: Vec<Path> =
             further.iter().filter_map(|key| actions::path_of(&address, own, key)).collect();
         let Some(device) = self.devices.get_mut(&address) else { return };
+        // Many queues are many nodes: they count as more reads.
+        let more = u32::try_from(paths.len()).unwrap_or(u32::MAX) / WORLD_READ_NODES;
+        device.reads.charge(self.now, more, WORLD_READ_INTERVAL);
         match session.submit(xenstore::Job::Read(paths)) {
             Ok(id) => {
                 device.partial = Some((world, further));

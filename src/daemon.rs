@@ -6,7 +6,7 @@ use std::time::Duration;
 use log::{info, warn};
 use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec};
 
-use crate::backend::{Backend, Options};
+use crate::backend::{Backend, Measured, Options};
 use crate::cli::serve::{PlaceOption, ServeOptions};
 use crate::control;
 use crate::error::Error;
@@ -17,7 +17,7 @@ use crate::owners;
 use crate::reactor::{Reactor, Ready};
 use crate::signals::{Signal, Signals};
 use crate::storage::linux::{LinuxStorage, Options as StorageOptions};
-use crate::vbd::{Config, Kind, Place};
+use crate::vbd::{Address, Config, Kind, Place};
 use crate::xenbus::{self, Xenbus};
 
 /// Keys of the poller; the control door has those from [`CONTROL`] on.
@@ -131,7 +131,7 @@ impl Daemon {
         };
         info!("serving {} as domain {own_domain}, {place:?}", options.kinds.join(", "));
         let mut vbd = Config::new(own_domain, place);
-        vbd.terms.default_abi = options.default_abi;
+        vbd.terms = options.terms(vbd.terms);
         vbd.terms.offered.persistent = options.persistent_grants;
         let kinds = options.kinds.iter().filter_map(|name| Kind::from_name(name)).collect();
         let assume_clean = options.assume_clean;
@@ -164,7 +164,7 @@ impl Daemon {
         loop {
             let now = self.clock.now();
             let more = self.backend.turn(self.xenbus.session(), now);
-            self.answer_control(now);
+            let more = self.answer_control(now) || more;
             self.xenbus.flush(millis(now));
             self.poll_store();
             if self.ended(now) {
@@ -224,7 +224,7 @@ impl Daemon {
         self.trim_is_set = false;
         self.set_trim_timer();
         if !self.trim_is_set {
-            self.backend.pump().storage.trim();
+            self.backend.pump().trim();
         }
     }
 
@@ -264,16 +264,44 @@ impl Daemon {
         false
     }
 
-    fn answer_control(&mut self, now: Duration) {
+    /// Answers what the control door was asked. True if that made work for the backend.
+    fn answer_control(&mut self, now: Duration) -> bool {
+        let mut work = false;
         while let Some(request) = self.control.turn(now, &mut self.reactor) {
             let words: Vec<&str> = request.words.iter().map(String::as_str).collect();
             let answer = match words.as_slice() {
                 ["status"] => self.backend.status_text(),
                 ["status", "json"] => self.backend.status_json(),
+                ["resize", disk] => {
+                    work = true;
+                    self.resize(disk)
+                }
                 ["version"] => format!("{{\"version\":\"{}\"}}", env!("CARGO_PKG_VERSION")),
-                _ => "{\"error\":\"no such request\",\"hint\":\"status, status json or version\"}".to_owned(),
+                _ => {
+                    let hint = "status, status json, resize KIND/GUEST/DEVID or version";
+                    control::refusal("no such request", hint)
+                }
             };
             self.control.answer(&request, answer);
+        }
+        work
+    }
+
+    /// Looks at the size of a disk's image; the guest is told if it is another.
+    fn resize(&mut self, disk: &str) -> String {
+        let own = self.xenbus.session().domain().unwrap_or(0);
+        let path = if disk.starts_with('/') { disk.to_owned() } else { format!("backend/{disk}") };
+        let Some((address, "")) = Address::parse(&path, own) else {
+            return control::refusal(
+                "that is no disk",
+                "KIND/GUEST/DEVID as status shows it, vbd/7/51712 say",
+            );
+        };
+        match self.backend.measure(address) {
+            Ok(Measured { sectors, before }) => {
+                format!("{{\"sectors\":{sectors},\"before\":{before}}}")
+            }
+            Err(reason) => control::refusal(reason, "see vbdd status"),
         }
     }
 

@@ -17,6 +17,7 @@ mod hazards;
 mod legs;
 mod maps;
 mod medium;
+mod merge;
 mod requests;
 mod slots;
 
@@ -27,6 +28,11 @@ use crate::buffers::{Pool, Span};
 /// An open image file or block device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct FileId(pub u32);
+
+impl FileId {
+    /// Names no file: what an empty drive has.
+    pub const NONE: FileId = FileId(u32::MAX);
+}
 
 /// What may be done with an open image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -184,6 +190,13 @@ pub trait Storage {
     /// Takes one finished open, if there is one.
     fn opened(&mut self) -> Option<(u64, Result<Opened, OpenError>)>;
 
+    /// Looks at the size of an open file again, and goes by it from now on. In bytes; `None` if it cannot be told without
+    /// waiting, or the file is not open.
+    fn measure(&mut self, file: FileId) -> Option<u64> {
+        let _ = file;
+        None
+    }
+
     /// Closes a file. The caller has taken every `Done` of it.
     fn close(&mut self, file: FileId);
 
@@ -217,6 +230,50 @@ pub trait Storage {
     /// Starts all that is queued, with as few system calls as the engine needs.
     fn submit(&mut self);
 
+    /// Gives unused memory back to the system, where there is such a thing.
+    fn trim(&mut self) {}
+
     /// Takes one finished transfer, if there is one. Starts what has to be tried or continued before it says no.
     fn done(&mut self) -> Option<Done>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Asks every sector whether its whole unit lies within.
+    fn by_hand(unit: DiscardUnit, offset: u64, length: u64) -> (u64, u64) {
+        let (size, shift) = (u64::from(unit.granularity_bytes), u64::from(unit.alignment_bytes));
+        let starts = (0..).map(|n| n * size + shift).take_while(|start| start + size <= offset + length);
+        let whole: Vec<u64> = starts.filter(|start| *start >= offset).collect();
+        match (whole.first(), whole.last()) {
+            (Some(first), Some(last)) => (*first, last + size),
+            _ => (offset, offset),
+        }
+    }
+
+    #[test]
+    fn only_whole_units_are_within() {
+        for (granularity_bytes, alignment_bytes) in
+            [(512, 0), (4096, 0), (4096, 1536), (1536, 512), (8192, 7680)]
+        {
+            let unit = DiscardUnit { granularity_bytes, alignment_bytes };
+            for offset in (0..20_000).step_by(512) {
+                for length in (512..30_000).step_by(512) {
+                    assert_eq!(
+                        unit.within(offset, length),
+                        by_hand(unit, offset, length),
+                        "{unit:?} {offset} {length}"
+                    );
+                }
+            }
+            for (offset, length) in [(u64::MAX - 511, 512), (512, u64::MAX - 511), (u64::MAX - 600, 600)] {
+                let (from, to) = unit.within(offset, length);
+                assert!(
+                    from <= to && from >= offset.min(from) && to - from <= length,
+                    "{unit:?} {offset} {length}"
+                );
+            }
+        }
+    }
 }

@@ -84,6 +84,17 @@ enum InFlight {
     Removal,
 }
 
+/// The medium of a drive that a guest uses.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Medium {
+    /// What the toolstack wants in it is in it.
+    Settled,
+    /// The ring was handed over to ourselves, to be served from another image.
+    Changing,
+    /// This could not be put in, and why: the drive counts as empty.
+    Bad(OpenRequest, String),
+}
+
 /// What was tried.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Attempt {
@@ -126,6 +137,7 @@ pub struct Vbd {
     /// The last ring of several queues or pages that was given up: if its nodes still stand beside a plain ring, they
     /// are leftovers.
     given_up: Option<RingPlan>,
+    medium: Medium,
     setback: Option<Setback>,
     alarms: [Alarm; Timer::ALL.len()],
     /// A first read was decided on.
@@ -153,6 +165,7 @@ impl Vbd {
             image: Image::Closed,
             ring: Ring::Down,
             given_up: None,
+            medium: Medium::Settled,
             setback: None,
             alarms: [Alarm::Off; Timer::ALL.len()],
             seen: false,
@@ -206,6 +219,11 @@ impl Vbd {
             Event::ImageClosed => {
                 if self.image == Image::Closing {
                     self.image = Image::Closed;
+                }
+            }
+            Event::Resized(geometry) => {
+                if let Image::Open(_, known) = &mut self.image {
+                    *known = geometry;
                 }
             }
             Event::Connected(which) => self.connected(which),
@@ -302,6 +320,10 @@ impl Vbd {
                 }
                 self.image = Image::Open(request, geometry);
             }
+            // A medium that cannot be put in must not hold up a guest's requests.
+            Err(text) if self.medium == Medium::Changing => {
+                self.medium = Medium::Bad(request, bounded(&text))
+            }
             Err(text) => self.failed(Attempt::Open(request), bounded(&text), None, true),
         }
     }
@@ -311,6 +333,9 @@ impl Vbd {
             return;
         };
         serving.which = which;
+        if self.medium == Medium::Changing {
+            self.medium = Medium::Settled;
+        }
         self.heir = self.heir && !serving.inherited;
         self.ring = Ring::Up(serving);
         self.setback = None;
@@ -351,7 +376,7 @@ impl Vbd {
             return;
         }
         let fired = match timer {
-            Timer::Linger => Alarm::Fired,
+            Timer::Linger | Timer::LingerForScript => Alarm::Fired,
             Timer::SettleForScript | Timer::Settle | Timer::Retry | Timer::Republish => Alarm::Off,
         };
         self.alarms[timer as usize] = fired;
@@ -411,7 +436,7 @@ impl Vbd {
     fn give_up_ring(&mut self, how: Disconnect, actions: &mut Actions) {
         if let Ring::Up(serving) = std::mem::replace(&mut self.ring, Ring::Disconnecting(how)) {
             let mut rings = serving.rings;
-            if serving.which < rings.len() {
+            if how != Disconnect::HandOver && serving.which < rings.len() {
                 let ring = rings.swap_remove(serving.which);
                 self.given_up = Some(ring).filter(|ring| !ring.is_plain());
             }

@@ -7,6 +7,8 @@
 mod connecting;
 #[path = "vbd_sequences/host.rs"]
 mod host;
+#[path = "vbd_sequences/media.rs"]
+mod media;
 #[path = "vbd_sequences/misdeeds.rs"]
 mod misdeeds;
 #[path = "vbd_sequences/mistakes.rs"]

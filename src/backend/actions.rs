@@ -52,6 +52,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
         log::trace!("{address}: {action:?}");
         match action {
             Action::ReadWorld => self.read_world(session, address),
+            Action::Open(request) if request.is_empty() => self.open_empty(address, request),
             Action::Open(request) => {
                 let Some(device) = self.devices.get_mut(&address) else { return };
                 let access = match (request.read_only, request.forced) {

@@ -46,12 +46,25 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             progress |= self.describe();
             progress |= self.copy_in();
             self.start_flushes();
+            self.fair.dispatch(&mut self.storage, now);
             self.storage.submit();
             progress |= self.collect();
             self.publish();
+            if self.fair.dispatch(&mut self.storage, now) {
+                // Before the long copies, so that the device is not idle meanwhile.
+                self.storage.submit();
+            }
+            let long = self.copy_out_long();
+            if long {
+                self.publish();
+            }
             progress |= self.rest();
             progress |= self.scratch.has_flushes();
-            if !progress {
+            if self.scratch.copies.wait() && self.fair.is_shared(now) {
+                // Others may have come meanwhile.
+                return true;
+            }
+            if !(progress || long) {
                 return false;
             }
         }

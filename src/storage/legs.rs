@@ -38,6 +38,11 @@ impl Shape {
         Shape { size, limit, block, memory, tail }
     }
 
+    /// The same file with another size, as far as whole blocks go: nobody opened it for a ragged end.
+    pub(super) fn resized(self, size: u64) -> Shape {
+        Shape::new(size - size % u64::from(self.block), self.block, self.memory)
+    }
+
     /// The same file through the page cache.
     pub(super) fn cached(self) -> Shape {
         Shape { block: 1, memory: 1, tail: u64::MAX, ..self }

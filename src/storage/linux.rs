@@ -14,6 +14,7 @@ use super::files::{FILES_MAX, File, Files};
 use super::legs::{self, BOUNCE_BYTES};
 use super::maps::{Answer, Mapped, Maps, Wish};
 use super::medium::{self, Path, Prepared};
+use super::merge::Merges;
 use super::slots::{Fifo, Slots};
 use super::workers::{Bell, Workers};
 use super::{Access, Done, FileId, Identity, Io, IoKind, OpenError, Opened, Storage, StorageError};
@@ -101,6 +102,8 @@ pub struct LinuxStorage {
     pub(super) unpushed: Fifo,
     /// Requests that wait for a bounce buffer.
     pub(super) unbounced: Fifo,
+    /// Transfers that may yet become one with the next.
+    pub(super) merges: Merges,
     /// Transfers that failed before they started.
     pub(super) stillborn: VecDeque<Landed>,
     finished: VecDeque<Done>,
@@ -173,6 +176,7 @@ impl LinuxStorage {
             slots: Slots::new(),
             unpushed: Fifo::EMPTY,
             unbounced: Fifo::EMPTY,
+            merges: Merges::default(),
             stillborn: VecDeque::new(),
             finished: VecDeque::new(),
             refused_opens: VecDeque::new(),
@@ -204,15 +208,10 @@ impl LinuxStorage {
         self.bell.answer();
     }
 
-    /// Gives unused buffers and all mappings of files back to the system. Meant for moments without load, between two
-    /// turns of the pump.
-    pub fn trim(&mut self) {
-        self.pool.trim();
-        self.bounces.trim();
-        for file in self.files.all() {
-            self.maps.unmap(&mut file.mapped);
-        }
-        self.maps.forget_all();
+    /// Transfers that went along with another as one, since the storage was made.
+    #[must_use]
+    pub fn merged(&self) -> u64 {
+        self.merges.merged
     }
 
     /// Whether there was any request since the last call of this.
@@ -321,6 +320,15 @@ impl Storage for LinuxStorage {
         Some((token, result.and_then(|prepared| self.install(path, prepared))))
     }
 
+    fn measure(&mut self, file: FileId) -> Option<u64> {
+        let file = self.files.at(file).filter(|file| !file.closing)?;
+        let size = medium::size_now(&file.fd)?;
+        if size != file.shape.size {
+            file.shape = file.shape.resized(size);
+        }
+        Some(file.shape.size)
+    }
+
     fn close(&mut self, file: FileId) {
         let Some(entry) = self.files.at(file) else { return };
         entry.closing = true;
@@ -400,9 +408,19 @@ impl Storage for LinuxStorage {
         self.advance(number);
     }
 
+    fn trim(&mut self) {
+        self.pool.trim();
+        self.bounces.trim();
+        for file in self.files.all() {
+            self.maps.unmap(&mut file.mapped);
+        }
+        self.maps.forget_all();
+    }
+
     fn submit(&mut self) {
         self.maps.next_turn();
         self.continued = false;
+        self.end_run();
         let mut all = self.engine.submit();
         while all && !self.unpushed.is_empty() {
             let before = self.unpushed.first();
@@ -435,7 +453,7 @@ impl Storage for LinuxStorage {
             } else if let Some(landed) = self.discarders.take() {
                 self.land(landed);
             } else {
-                if self.continued || !self.unpushed.is_empty() {
+                if self.continued || !self.unpushed.is_empty() || !self.merges.is_empty() {
                     self.submit();
                 }
                 return None;

@@ -155,6 +155,19 @@ fn size(path: &str, fd: &OwnedFd) -> Result<u64, OpenError> {
     Ok(size)
 }
 
+/// The size of an open file or device in bytes, as far as the kernel knows it without asking a file server. Not 0: then it
+/// is being replaced, or it is no longer there.
+pub(super) fn size_now(fd: &OwnedFd) -> Option<u64> {
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    let stat = rustix::fs::statx(fd, "", flags, StatxFlags::SIZE | StatxFlags::TYPE).ok()?;
+    let kind = rustix::fs::FileType::from_raw_mode(stat.stx_mode.into());
+    let size = match kind {
+        rustix::fs::FileType::BlockDevice => rustix::fs::seek(fd, SeekFrom::End(0)).ok()?,
+        _ => stat.stx_size,
+    };
+    (size > 0).then_some(size)
+}
+
 fn is_in_memory(fd: &OwnedFd) -> bool {
     rustix::fs::fstatfs(fd).is_ok_and(|stat| MEMORY_MAGIC.contains(&(stat.f_type & 0xffff_ffff)))
 }

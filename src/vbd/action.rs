@@ -7,7 +7,7 @@ use rings::Abi;
 use super::features::{Discard, Features, Terms};
 use super::world::{Key, Node, World};
 use crate::hypervisor::{DomainId, GrantRef};
-use crate::params::Image;
+use crate::params::{Format, Image};
 
 /// Longest text, in bytes, that is written for an operator into `error` or `hotplug-error`. The guest can read those.
 pub const ERROR_TEXT_MAX_BYTES: usize = 250;
@@ -65,12 +65,29 @@ impl Config {
 /// An image to open, and what for. The sharing check is the opener's: only it knows which file a path really is.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct OpenRequest {
-    /// Format and path.
+    /// Format and path. An empty path is an empty drive: a disk without sectors.
     pub image: Image,
-    /// `mode` does not begin with `w`.
+    /// `mode` does not begin with `w`, or it is a cdrom.
     pub read_only: bool,
     /// `mode` has a `!`: the administrator vouches for a second writer, so the sharing check is to be skipped.
     pub forced: bool,
+    /// Its medium may be changed while the guest uses the drive.
+    pub cdrom: bool,
+}
+
+impl OpenRequest {
+    /// A drive with nothing in it.
+    #[must_use]
+    pub fn empty(cdrom: bool) -> OpenRequest {
+        let image = Image { format: Format::Raw, path: String::new() };
+        OpenRequest { image, read_only: true, forced: false, cdrom }
+    }
+
+    /// Whether there is no medium.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.image.path.is_empty()
+    }
 }
 
 /// What an open image looks like to the guest.
@@ -137,7 +154,8 @@ pub enum Disconnect {
     /// The guest is gone or does not matter any more: answer nothing, copy nothing to it; wait only for what storage
     /// already holds. May follow a [`Disconnect::Drain`] that is still under way; there is one answer to both.
     Abort,
-    /// As `Drain`, but nothing tells the frontend: the successor finds the ring as it is and goes on.
+    /// As `Drain`, but nothing tells the frontend: the successor finds the ring as it is and goes on. Also while the medium of
+    /// a drive is changed.
     HandOver,
 }
 
@@ -180,6 +198,9 @@ pub enum Timer {
     Settle,
     /// State 6 stays at least that long before the directory is removed: a toolstack that misses it cleans nothing.
     Linger,
+    /// The same where a hotplug script has made a loop device for the image: `xl devd` runs it once more to take that away,
+    /// and it reads the directory for that. libxl waits 10 s for the removal.
+    LingerForScript,
     /// Until an open or connect is tried again.
     Retry,
     /// Until a publication that failed (a quota, say) is tried again.
@@ -188,8 +209,14 @@ pub enum Timer {
 
 impl Timer {
     /// Every timer.
-    pub const ALL: [Timer; 5] =
-        [Timer::SettleForScript, Timer::Settle, Timer::Linger, Timer::Retry, Timer::Republish];
+    pub const ALL: [Timer; 6] = [
+        Timer::SettleForScript,
+        Timer::Settle,
+        Timer::Linger,
+        Timer::LingerForScript,
+        Timer::Retry,
+        Timer::Republish,
+    ];
 
     /// How long, in milliseconds.
     #[must_use]
@@ -198,6 +225,7 @@ impl Timer {
             Timer::Settle => 100,
             Timer::Linger | Timer::Retry => 1000,
             Timer::SettleForScript | Timer::Republish => 2000,
+            Timer::LingerForScript => 5000,
         }
     }
 }
@@ -268,6 +296,8 @@ pub enum Event<'a> {
     Opened(Result<Geometry, String>),
     /// Answers [`Action::CloseImage`].
     ImageClosed,
+    /// The open image has another size now, or another way to give space back.
+    Resized(Geometry),
     /// Answers [`Action::Connect`]: that one of [`ConnectPlan::rings`] is mapped and bound, all of it.
     Connected(usize),
     /// Answers [`Action::Connect`]: nothing is mapped or bound.

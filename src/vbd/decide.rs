@@ -5,7 +5,7 @@ use super::action::{
 };
 use super::publish::{self, Wording};
 use super::view::{CLOSED, CLOSING, CONNECTED, Front, INIT_WAIT, INITIALISING, Read, View};
-use super::{Alarm, Attempt, Image, InFlight, Ring, Serving, Setback, Vbd, World};
+use super::{Alarm, Attempt, Image, InFlight, Medium, Ring, Serving, Setback, Vbd, World};
 
 /// What a step towards a goal came to.
 enum Way {
@@ -37,6 +37,7 @@ impl Vbd {
         {
             rings.reverse();
         }
+        self.settle_medium(&mut view);
         self.observe(&view, actions);
         if view.be == INITIALISING && self.advanced {
             if !self.release(Disconnect::Abort, actions) {
@@ -48,6 +49,18 @@ impl Vbd {
             self.decide_online(&view, world, actions)
         } else {
             self.decide_offline(&view, world, actions)
+        }
+    }
+
+    /// A medium that could not be put into a drive counts as none, until another is named or the guest makes another ring.
+    fn settle_medium(&mut self, view: &mut View) {
+        let Medium::Bad(request, _) = &self.medium else { return };
+        let in_use = matches!(view.be, CONNECTED | CLOSING);
+        match &mut view.device {
+            Ok(device) if in_use && device.request == *request => {
+                device.request = OpenRequest::empty(true);
+            }
+            _ => self.medium = Medium::Settled,
         }
     }
 
@@ -69,6 +82,7 @@ impl Vbd {
         }
         self.setback = None;
         self.given_up = None;
+        self.medium = Medium::Settled;
         self.advanced = false;
         self.prepared = false;
         self.heir = false;
@@ -99,6 +113,7 @@ impl Vbd {
         }
         if view.online || view.be != CLOSED {
             self.disarm(Timer::Linger, actions);
+            self.disarm(Timer::LingerForScript, actions);
         }
     }
 
@@ -126,8 +141,9 @@ impl Vbd {
     }
 
     fn remove_backend(&mut self, view: &View, world: &World, actions: &mut Actions) {
-        match self.alarm(Timer::Linger) {
-            Alarm::Off => self.arm(Timer::Linger, actions),
+        let linger = if view.has_loop_device { Timer::LingerForScript } else { Timer::Linger };
+        match self.alarm(linger) {
+            Alarm::Off => self.arm(linger, actions),
             Alarm::Armed => {}
             Alarm::Fired => {
                 if self.may_publish(view) {
@@ -188,10 +204,7 @@ impl Vbd {
         }
         let way = match &view.device {
             Err(text) => self.puzzled(text, actions),
-            Ok(device) if view.plays_script => match &device.request {
-                Some(request) => self.open(request, view, actions),
-                None => self.shut(actions),
-            },
+            Ok(device) if view.plays_script => self.open(&device.request, view, actions),
             Ok(_) => Way::Clear,
         };
         match way {
@@ -216,10 +229,7 @@ impl Vbd {
         let way = match (&view.rings, &view.device) {
             (Err(misdeed), _) => Way::Refuse(misdeed.to_string(), Some(misdeed.clone())),
             (Ok(_), Err(text)) => self.puzzled(text, actions),
-            (Ok(plans), Ok(device)) => match &device.request {
-                None => Way::Refuse("there is no medium in the drive".to_owned(), None),
-                Some(request) => self.open_and_connect(request, plans, view, actions),
-            },
+            (Ok(plans), Ok(device)) => self.open_and_connect(&device.request, plans, view, actions),
         };
         if let Way::Refuse(text, misdeed) = way {
             self.refuse(&text, misdeed, view, world, actions);
@@ -228,16 +238,27 @@ impl Vbd {
 
     /// The ring is up and is the frontend's present one: make our state say so, and the sizes be true.
     fn keep_serving(&mut self, view: &View, world: &World, actions: &mut Actions) {
-        let (Ring::Up(serving), Image::Open(_, geometry)) = (&self.ring, &self.image) else {
+        let (Ring::Up(serving), Image::Open(open, geometry)) = (&self.ring, &self.image) else {
             return;
         };
+        if let Ok(device) = &view.device
+            && (view.be, device.cdrom, open.cdrom) == (CONNECTED, true, true)
+            && device.request != *open
+            && serving.announced
+        {
+            return self.change_medium(actions);
+        }
         // A 5 that is not ours asks the frontend to close; it will, or it will not.
         let said = serving.announced && matches!(view.be, CONNECTED | CLOSING);
         let resized = view.be == CONNECTED && !publish::says_size(world, *geometry);
         if !said || resized {
             return self.publish_state(CONNECTED, view, world, actions);
         }
-        if let Some(text) = &serving.broken
+        let told = match (&serving.broken, &self.medium) {
+            (Some(text), _) | (None, Medium::Bad(_, text)) => Some(text),
+            _ => None,
+        };
+        if let Some(text) = told
             && !publish::says_error(world, text)
             && self.may_publish(view)
         {
@@ -247,15 +268,21 @@ impl Vbd {
         }
     }
 
+    /// The guest's requests wait while the ring is taken down, the drive gets its other medium, and the ring is taken over as
+    /// from a predecessor. The frontend is told by the new sizes.
+    fn change_medium(&mut self, actions: &mut Actions) {
+        self.medium = Medium::Changing;
+        self.heir = true;
+        self.give_up_ring(Disconnect::HandOver, actions);
+    }
+
     /// A frontend that is told to close, or wants to, may go on using the ring that our predecessor served.
     fn take_over(&mut self, view: &View, actions: &mut Actions) {
         if !self.heir || self.ring != Ring::Down {
             return;
         }
-        if let (Ok(plans), Ok(device)) = (&view.rings, &view.device)
-            && let Some(request) = &device.request
-        {
-            self.open_and_connect(request, plans, view, actions);
+        if let (Ok(plans), Ok(device)) = (&view.rings, &view.device) {
+            self.open_and_connect(&device.request, plans, view, actions);
         }
     }
 
@@ -321,7 +348,7 @@ impl Vbd {
                     rings: plans.to_vec(),
                     which: 0,
                     terms: view.terms,
-                    announced: resume && view.be == CONNECTED,
+                    announced: resume && view.be == CONNECTED && self.medium == Medium::Settled,
                     inherited: resume,
                     seen_connected: view.fe == Front::Connected,
                     seen_closing: view.fe == Front::Closing,

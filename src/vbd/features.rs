@@ -84,25 +84,34 @@ impl Terms {
     /// # Errors
     /// What is wrong with the options, in one line for `error`.
     pub(super) fn of(usual: Terms, world: &World) -> Result<Terms, String> {
-        let mut terms = usual;
         let node = world.node(Side::Backend, OPTIONS_NODE);
+        let mut terms = usual;
         if node.is_present() {
             let text = node.text().ok_or("the node vbdd is no text")?;
-            for word in text.split([' ', ',']).filter(|word| !word.is_empty()) {
-                terms.option(word).map_err(|()| {
-                    format!(
-                        "the node vbdd says \"{}\", which is no option: in-order, persistent=0|1, discard=0|1, max-queues=N, \
-                         max-ring-page-order=N, protocol=ABI",
-                        word.escape_default().take(40).collect::<String>()
-                    )
-                })?;
-            }
+            terms = usual.with(text).map_err(|error| format!("the node vbdd says {error}"))?;
         }
         // libxl's and xenopsd's word for it.
         if world.node(Side::Backend, "discard-enable").text() == Some("0") {
             terms.offered.discard = false;
         }
         Ok(terms)
+    }
+
+    /// These terms as `options` change them: words separated by spaces or commas, see `docs/xenstore.md`.
+    ///
+    /// # Errors
+    /// Names the word that is no option, and those that there are.
+    pub fn with(mut self, options: &str) -> Result<Terms, String> {
+        for word in options.split([' ', ',']).filter(|word| !word.is_empty()) {
+            self.option(word).map_err(|()| {
+                let shown: String = word.escape_default().take(40).collect();
+                format!(
+                    "\"{shown}\", which is no option: in-order, persistent=0|1, discard=0|1, max-queues=N, \
+                     max-ring-page-order=N, protocol=ABI"
+                )
+            })?;
+        }
+        Ok(self)
     }
 
     fn option(&mut self, word: &str) -> Result<(), ()> {

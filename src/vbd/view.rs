@@ -41,8 +41,7 @@ pub(super) enum Front {
 /// What the toolstack wants served.
 #[derive(Clone, Debug)]
 pub(super) struct Device {
-    /// Nothing for an empty drive.
-    pub(super) request: Option<OpenRequest>,
+    pub(super) request: OpenRequest,
     pub(super) cdrom: bool,
     pub(super) removable: bool,
 }
@@ -59,6 +58,8 @@ pub(super) struct View {
     /// What the disk is to be served with.
     pub(super) terms: Terms,
     pub(super) has_script: bool,
+    /// A hotplug script has made a loop device for this disk.
+    pub(super) has_loop_device: bool,
     pub(super) plays_script: bool,
     /// The toolstack's script may still be at work.
     pub(super) script_pending: bool,
@@ -113,6 +114,7 @@ impl Read {
             rings: rings(&terms, trusting, world),
             terms,
             has_script,
+            has_loop_device: backend("node").is_present(),
             plays_script,
             script_pending: !plays_script && has_script && !hotplug_connected,
             hotplug_connected,
@@ -162,9 +164,13 @@ fn device(address: &Address, world: &World) -> Result<Device, String> {
     let Some(params) = text("params") else {
         return Err("the node params is missing or is not text: write raw:PATH".to_owned());
     };
-    let image = match params::parse(text("type").unwrap_or(""), params) {
+    // libxl and xenopsd change a medium by writing a bare path, whatever the type: CDs have no format but raw.
+    let kind = if cdrom && params.starts_with('/') { "file" } else { text("type").unwrap_or("") };
+    let image = match params::parse(kind, params) {
         Ok(image) => image,
-        Err(ParamsError::Empty) if drive => return Ok(Device { request: None, cdrom, removable }),
+        Err(ParamsError::Empty) if drive => {
+            return Ok(Device { request: OpenRequest::empty(cdrom), cdrom, removable });
+        }
         Err(error) => return Err(bounded(&error.to_string())),
     };
     let mode = text("mode").unwrap_or("");
@@ -173,8 +179,8 @@ fn device(address: &Address, world: &World) -> Result<Device, String> {
         "r" | "ro" => true,
         _ => return Err("the node mode is neither r, w nor w!: write one of them".to_owned()),
     };
-    let request = OpenRequest { image, read_only, forced: mode.contains('!') };
-    Ok(Device { request: Some(request), cdrom, removable })
+    let request = OpenRequest { image, read_only: read_only || cdrom, forced: mode.contains('!'), cdrom };
+    Ok(Device { request, cdrom, removable })
 }
 
 /// How a frontend has declared its ring.

@@ -10,10 +10,42 @@ use vbdd::vbd::{Guard, Key, Node, Publication, Side, World, further_keys, keys};
 pub(crate) struct Backend {
     pub(crate) state: u8,
     pub(crate) online: bool,
-    pub(crate) sized: bool,
+    /// Which size stands there, by [`SIZES`]; 0 for none.
+    pub(crate) sized: u8,
+    pub(crate) medium: Medium,
     pub(crate) error: u8,
     pub(crate) hotplug: u8,
     pub(crate) hotplug_error: u8,
+}
+
+/// Sizes by number: none, the image, the same after it has grown, the other medium, an empty drive.
+pub(crate) const SIZES: [&str; 5] = ["", "2048", "4096", "1024", "0"];
+
+/// What `params` names.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(crate) enum Medium {
+    A,
+    B,
+    Empty,
+}
+
+impl Medium {
+    pub(crate) fn path(self) -> &'static str {
+        match self {
+            Medium::A => "/a",
+            Medium::B => "/b",
+            Medium::Empty => "",
+        }
+    }
+
+    pub(crate) fn size(self, grown: bool) -> u8 {
+        match (self, grown) {
+            (Medium::A, false) => 1,
+            (Medium::A, true) => 2,
+            (Medium::B, _) => 3,
+            (Medium::Empty, _) => 4,
+        }
+    }
 }
 
 /// What the guest's ring nodes say.
@@ -44,29 +76,33 @@ pub(crate) struct Store {
 }
 
 pub(crate) const NEW_BACKEND: Backend =
-    Backend { state: 1, online: true, sized: false, error: 0, hotplug: 0, hotplug_error: 0 };
+    Backend { state: 1, online: true, sized: 0, medium: Medium::A, error: 0, hotplug: 0, hotplug_error: 0 };
 
 /// Index of the text "connected" in [`Texts`].
 pub(crate) const HOTPLUG_CONNECTED: u8 = 1;
 
 /// Texts that were written, by number.
-pub(crate) struct Texts(Vec<String>);
+pub(crate) struct Texts {
+    texts: Vec<String>,
+    /// The device is a drive.
+    pub(crate) drive: bool,
+}
 
 impl Texts {
-    pub(crate) fn new() -> Texts {
-        Texts(vec![String::new(), "connected".to_owned()])
+    pub(crate) fn new(drive: bool) -> Texts {
+        Texts { texts: vec![String::new(), "connected".to_owned()], drive }
     }
 
     fn number(&mut self, text: &str) -> u8 {
-        let at = self.0.iter().position(|known| known == text).unwrap_or_else(|| {
-            self.0.push(text.to_owned());
-            self.0.len() - 1
+        let at = self.texts.iter().position(|known| known == text).unwrap_or_else(|| {
+            self.texts.push(text.to_owned());
+            self.texts.len() - 1
         });
         u8::try_from(at).unwrap()
     }
 
     fn node(&self, number: u8) -> Node {
-        if number == 0 { Node::Missing } else { present(&self.0[usize::from(number)]) }
+        if number == 0 { Node::Missing } else { present(&self.texts[usize::from(number)]) }
     }
 }
 
@@ -118,7 +154,15 @@ impl Store {
 
     /// The backend directory after a publication. Writes make a directory that is missing, as xenstore does.
     pub(crate) fn apply(&self, publication: &Publication, texts: &mut Texts) -> Backend {
-        let lost = Backend { state: 0, online: true, sized: false, error: 0, hotplug: 0, hotplug_error: 0 };
+        let lost = Backend {
+            state: 0,
+            online: true,
+            sized: 0,
+            medium: Medium::A,
+            error: 0,
+            hotplug: 0,
+            hotplug_error: 0,
+        };
         let mut it = self.backend.unwrap_or(lost);
         for name in &publication.removals {
             it.set(name, None, texts);
@@ -137,11 +181,12 @@ impl Backend {
             "online" => present(if self.online { "1" } else { "0" }),
             "frontend" => present("/local/domain/7/device/vbd/51712"),
             "frontend-id" => present("7"),
-            "params" => present("raw:/a"),
+            "params" => present(self.medium.path()),
             "mode" => present("w"),
             "type" => present("phy"),
             "script" if script => present("block"),
-            "sectors" if self.sized => present("2048"),
+            "device-type" if texts.drive => present("cdrom"),
+            "sectors" if self.sized > 0 => present(SIZES[usize::from(self.sized)]),
             "error" => texts.node(self.error),
             "hotplug-status" => texts.node(self.hotplug),
             "hotplug-error" => texts.node(self.hotplug_error),
@@ -153,7 +198,10 @@ impl Backend {
         let number = value.map_or(0, |text| texts.number(text));
         match name {
             "state" => self.state = value.unwrap().parse().unwrap(),
-            "sectors" => self.sized = value.unwrap() == "2048",
+            "sectors" => {
+                let at = SIZES.iter().position(|size| value.is_some_and(|value| value == size));
+                self.sized = u8::try_from(at.unwrap()).unwrap();
+            }
             "error" => self.error = number,
             "hotplug-status" => self.hotplug = number,
             "hotplug-error" => self.hotplug_error = number,

@@ -1,7 +1,7 @@
 //! Connecting.
 
 use rings::Abi;
-use vbdd::vbd::{Place, Timer};
+use vbdd::vbd::{Discard, Place, Timer};
 
 use crate::host::{BE, DRIVER, FE, Host, ready};
 
@@ -22,9 +22,13 @@ fn everything_is_published_with_2_where_we_play_the_script() {
     let host = ready();
     for (name, value) in [
         ("feature-flush-cache", "1"),
+        ("feature-max-indirect-segments", "256"),
         ("max-ring-page-order", "4"),
         ("max-ring-pages", "16"),
         ("multi-queue-max-queues", "4"),
+        ("feature-max-indirect-segments", "256"),
+        ("feature-persistent", "1"),
+        ("feature-barrier", "1"),
         ("sectors", "2048"),
         ("sector-size", "512"),
         ("physical-sector-size", "4096"),
@@ -34,12 +38,52 @@ fn everything_is_published_with_2_where_we_play_the_script() {
     ] {
         assert_eq!(host.be(name), Some(value), "{name}");
     }
-    for name in
-        ["feature-persistent", "feature-discard", "feature-barrier", "feature-max-indirect-segments", "error"]
-    {
-        assert_eq!(host.be(name), None, "{name}");
+    for name in ["feature-discard", "discard-granularity", "discard-alignment", "discard-secure", "error"] {
+        assert_eq!(host.be(name), None, "{name}: the image cannot be punched");
     }
     assert_eq!(host.last.unwrap().writes.last().unwrap().0, "state");
+}
+
+#[test]
+fn discard_is_offered_where_the_image_can_be_punched_and_written() {
+    let discard = Discard { granularity_bytes: 4096, alignment_bytes: 512 };
+    for (mode, enabled, options, offered) in [
+        ("w", None, None, true),
+        ("w", Some("1"), Some("max-queues=1"), true),
+        ("r", None, None, false),
+        ("w", Some("0"), None, false),
+        ("w", None, Some("discard=0"), false),
+    ] {
+        let mut host = Host::new(DRIVER);
+        host.geometry.discard = Some(discard);
+        host.put(BE, "mode", mode);
+        for (name, value) in [("discard-enable", enabled), ("vbdd", options)] {
+            value.into_iter().for_each(|value| host.put(BE, name, value));
+        }
+        host.run();
+        let expected = offered.then_some(["1", "4096", "512"]);
+        for (n, name) in
+            ["feature-discard", "discard-granularity", "discard-alignment"].into_iter().enumerate()
+        {
+            assert_eq!(host.be(name), expected.map(|values| values[n]), "{mode} {enabled:?} {options:?}");
+        }
+        assert_eq!(host.be("discard-secure"), None);
+    }
+}
+
+/// What an earlier process offered and this one does not is taken back before the next frontend looks.
+#[test]
+fn an_offer_that_is_withdrawn_is_removed() {
+    let mut host = Host::connected(DRIVER);
+    host.killed();
+    host.config.terms = host.config.terms.with("persistent=0 max-queues=1 max-ring-page-order=0").unwrap();
+    host.run();
+    assert_eq!(host.be("feature-persistent"), Some("1"), "the guest was told, and goes by it");
+    host.fe(6).fe(1);
+    for name in ["feature-persistent", "multi-queue-max-queues", "max-ring-page-order", "max-ring-pages"] {
+        assert_eq!(host.be(name), None, "{name}");
+    }
+    assert_eq!(host.be("feature-flush-cache"), Some("1"));
 }
 
 #[test]

@@ -52,6 +52,8 @@ pub struct Habits {
     pub odd: u64,
     /// Its answers must come in the order of its requests.
     pub in_order: bool,
+    /// The disk has fewer sectors than the model: what lies past this must be refused.
+    pub end: Option<u64>,
     /// Its pages stay granted from one request to the next.
     pub persistent: bool,
 }
@@ -79,6 +81,7 @@ impl Habits {
             barriers: 0,
             odd: 1,
             in_order: false,
+            end: None,
             persistent: false,
         }
     }
@@ -397,6 +400,9 @@ impl SaneGuest {
             Want::Flush { .. } => {}
         }
         let cause = self.cause(pending, model.image, okay, shared);
+        if self.habits.end.is_some_and(|end| pending.count > 0 && pending.sector + pending.count > end) {
+            return if status == -1 { Ok(()) } else { Err("though it lies past the end".to_owned()) };
+        }
         match (status, cause) {
             (0, Some(true)) => Err("though it was made to fail".to_owned()),
             (0, _) | (-1, Some(_)) => Ok(()),
