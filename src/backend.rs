@@ -393,14 +393,13 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
             self.notice(address, log::Level::Warn, &text);
         }
         let sectors = raw.geometry().sectors;
-        let offers = offers::TAKEN;
-        let plan = DiskPlan { offers, ..DiskPlan::new(opened.file, sectors, request.read_only) };
-        let disk = self.pump.add_disk(&plan);
+        let disk = self.pump.add_disk(&DiskPlan::new(opened.file, sectors, request.read_only));
         let physical_sector_bytes = opened.physical_block_bytes;
         if let Some(device) = self.devices.get_mut(&address) {
             device.image = Some(OpenImage { opened, disk, request });
         }
-        Ok(vbd::Geometry { sectors, physical_sector_bytes, discard: None })
+        let discard = media::discard_of(&opened);
+        Ok(vbd::Geometry { sectors, physical_sector_bytes, discard })
     }
 
     /// A read of a device's nodes is due, unless the guest has caused too many of late.

@@ -15,6 +15,17 @@ pub const QUEUES_MAX: u8 = 8;
 /// ring cannot hold the others up longer than a guest with a plain one.
 pub const REQUESTS_PER_TURN: u32 = 32;
 
+/// The queues of one guest share [`REQUESTS_PER_TURN`], but each takes at least this many, so that batches stay batches.
+pub const REQUESTS_PER_TURN_MIN: u32 = 8;
+
+/// Data of the requests that one queue takes at a time, in bytes: what 32 requests of a plain ring can name (32 × 44 KiB).
+/// The request that passes it is the last, so 1 MiB more at most.
+pub const BYTES_PER_TURN: u32 = 32 * 44 * 1024;
+
+/// Segments that are copied to guests at a time, at 4 KiB each: 4 MiB, and one request more. Reads that have more data
+/// ready wait for the next round, so that a guest's large reads do not hold up the small ones of another.
+pub const COLLECT_SEGMENTS: usize = 1024;
+
 /// Events without work that are let through at once. Honest frontends cause a few: a request that was found by the last
 /// look at the ring has sent its event too.
 pub const IDLE_EVENTS_FREE: u32 = 4;

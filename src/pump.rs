@@ -47,7 +47,7 @@ pub enum PumpEvent {
 /// What failed, for the log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StorageFailure {
-    /// `read`, `write` or `flush`.
+    /// `read`, `write`, `flush` or `discard`.
     pub what: &'static str,
     /// First byte of the request on the disk.
     pub offset_bytes: u64,
@@ -66,13 +66,15 @@ pub struct DiskPlan {
     pub read_only: bool,
     /// What frontends are told that they may ask for. What is not offered is answered with -2.
     pub offers: Offers,
+    /// Answers go out in the order of taking, queue by queue: for frontends that match them by place and not by id.
+    pub in_order: bool,
 }
 
 impl DiskPlan {
     /// A disk that offers reads, writes and flushes.
     #[must_use]
     pub fn new(file: FileId, size_sectors: u64, read_only: bool) -> DiskPlan {
-        DiskPlan { file, size_sectors, read_only, offers: Offers::NONE }
+        DiskPlan { file, size_sectors, read_only, offers: Offers::NONE, in_order: false }
     }
 }
 
@@ -201,6 +203,14 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         DiskId(place_in(&mut self.disks, Disk::new(plan, 32)))
     }
 
+    /// Says what the frontend that is about to connect was offered, and whether it needs its answers in order. For the
+    /// queues that are attached from now on.
+    pub fn set_terms(&mut self, disk: DiskId, offers: Offers, in_order: bool) {
+        if let Some(disk) = self.disk(disk.0) {
+            (disk.offers, disk.in_order) = (offers, in_order);
+        }
+    }
+
     /// Removes a disk that no queue uses, and closes its image.
     pub fn remove_disk(&mut self, disk: DiskId) {
         if let Some(disk) = self.disks.get_mut(disk.0 as usize).and_then(Option::take) {
@@ -277,7 +287,8 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         // 4 may have been served by a predecessor that died before it wrote it.
         let ring = BackRing::resume(shared, plan.abi, u32::try_from(owed.len()).unwrap_or(0));
         let guest = (plan.domain, self.guests.join(plan.domain));
-        let mut queue = Queue::new(disk.0, guest, port, ring, mapping, journal);
+        let in_order = self.disk(disk.0).is_some_and(|disk| disk.in_order);
+        let mut queue = Queue::new(disk.0, guest, port, ring, mapping, journal, in_order);
         let inherited = queue.inherit(&owed, plan.abi);
         let id = place_in(&mut self.queues, queue);
         self.names.resize(self.queues.len(), String::new());

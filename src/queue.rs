@@ -3,9 +3,10 @@
 //! A queue owns what it has taken from the ring until the answer is published; the pump (see `pump`) moves all queues
 //! through the stages together, so that system calls are per batch and not per request.
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
-use rings::{Abi, BackRing, Operation, Overrun, Request, Segments, Slot, Status};
+use rings::{Abi, BackRing, Operation, Overrun, Request, SECTOR_BYTES, Segments, Slot, Status};
 
 use crate::buffers::Pool;
 use crate::disk::Epoch;
@@ -18,13 +19,17 @@ use crate::storage::StorageError;
 /// Where a request in flight stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Stage {
+    /// A barrier holds it back.
+    HeldBack,
+    /// A barrier that waits for what came before it.
+    Barrier,
     /// There was no memory for its data; tried again when some is freed.
     Starved,
-    /// A flush with data waits for its flush before it writes.
+    /// A flush or barrier with data waits for its flush before it writes.
     Preflush,
     /// With the storage.
     Storage,
-    /// A flush without data waits for its `fdatasync`.
+    /// A flush or barrier whose data, if it has any, is written waits for its `fdatasync`.
     Flush,
 }
 
@@ -81,10 +86,18 @@ pub struct Counters {
     pub writes: u64,
     /// Flushes answered.
     pub flushes: u64,
+    /// Barriers answered.
+    pub barriers: u64,
+    /// Discards answered.
+    pub discards: u64,
+    /// How many of the reads and writes were indirect.
+    pub indirect: u64,
     /// Bytes that reads brought.
     pub read_bytes: u64,
-    /// Bytes that writes took.
+    /// Bytes that writes, flushes and barriers took.
     pub written_bytes: u64,
+    /// Bytes that were discarded, as asked for: the medium does it by whole units.
+    pub discarded_bytes: u64,
     /// Requests answered with an error because storage failed.
     pub storage_errors: u64,
     /// Requests answered with an error or as unsupported because of what the guest sent.
@@ -96,8 +109,29 @@ pub struct Counters {
 }
 
 impl Counters {
+    /// What several queues have counted.
+    #[must_use]
+    pub fn sum(all: impl Iterator<Item = Counters>) -> Counters {
+        all.fold(Counters::default(), |a, b| Counters {
+            reads: a.reads + b.reads,
+            writes: a.writes + b.writes,
+            flushes: a.flushes + b.flushes,
+            barriers: a.barriers + b.barriers,
+            discards: a.discards + b.discards,
+            indirect: a.indirect + b.indirect,
+            read_bytes: a.read_bytes + b.read_bytes,
+            written_bytes: a.written_bytes + b.written_bytes,
+            discarded_bytes: a.discarded_bytes + b.discarded_bytes,
+            storage_errors: a.storage_errors + b.storage_errors,
+            refused: a.refused + b.refused,
+            events: a.events + b.events,
+            notifications: a.notifications + b.notifications,
+        })
+    }
+
     fn count(&mut self, request: &Request) {
         let bytes = u64::from(request.length_bytes());
+        self.indirect += u64::from(matches!(request.segments, Segments::Indirect(_)));
         match request.operation {
             Operation::Read => {
                 self.reads += 1;
@@ -111,7 +145,14 @@ impl Counters {
                 self.flushes += 1;
                 self.written_bytes += bytes;
             }
-            Operation::Barrier | Operation::Discard => {}
+            Operation::Barrier => {
+                self.barriers += 1;
+                self.written_bytes += bytes;
+            }
+            Operation::Discard => {
+                self.discards += 1;
+                self.discarded_bytes += request.sectors.saturating_mul(SECTOR_BYTES);
+            }
         }
     }
 }
@@ -124,6 +165,15 @@ pub(crate) enum Intake {
     Closing(u32),
     /// Nothing more: broken, stopped or aborted.
     Closed,
+}
+
+/// Answers in the order of taking, for a frontend that matches them by their place on the ring.
+#[derive(Debug)]
+struct InOrder {
+    /// Places of what was taken, oldest first.
+    order: VecDeque<u16>,
+    /// What each place is to be answered, once that is known: id, operation, status.
+    answers: Vec<Option<(u64, u8, Status)>>,
 }
 
 /// One ring of a connected vbd.
@@ -152,9 +202,13 @@ pub struct Queue {
     /// The owner waits to be told that everything is answered.
     pub(crate) closing: bool,
     journal: Option<Journal>,
+    /// As long as the busiest moment needed; a ring has more places.
     in_flight: Vec<Option<InFlight>>,
+    /// Places not in use, the next one last.
     free: Vec<u16>,
+    places: usize,
     unpublished: Vec<u16>,
+    in_order: Option<InOrder>,
     idle_events: u32,
 }
 
@@ -167,6 +221,7 @@ impl Queue {
         ring: BackRing,
         mapping: RingMapping,
         journal: Option<Journal>,
+        in_order: bool,
     ) -> Queue {
         let entries = ring.entries();
         let slots = u16::try_from(entries).unwrap_or(u16::MAX);
@@ -186,9 +241,14 @@ impl Queue {
             starved: false,
             closing: false,
             journal,
-            in_flight: (0..slots).map(|_| None).collect(),
+            in_flight: Vec::new(),
             free: (0..slots).rev().collect(),
-            unpublished: Vec::with_capacity(entries as usize),
+            places: slots.into(),
+            unpublished: Vec::with_capacity(slots.into()),
+            in_order: in_order.then(|| InOrder {
+                order: VecDeque::with_capacity(slots.into()),
+                answers: vec![None; slots.into()],
+            }),
             idle_events: 0,
         }
     }
@@ -204,6 +264,9 @@ impl Queue {
         if let Some(journal) = &mut self.journal {
             journal.taken(place.into(), slot.bytes());
         }
+        if let Some(in_order) = &mut self.in_order {
+            in_order.order.push_back(place);
+        }
         Some(place)
     }
 
@@ -212,7 +275,11 @@ impl Queue {
         let mut inherited = Vec::with_capacity(owed.len());
         for one in owed {
             if let Some(at) = self.free.iter().position(|place| u32::from(*place) == one.entry) {
-                inherited.push((self.free.remove(at), Slot::new(one.bytes, abi)));
+                let place = self.free.remove(at);
+                if let Some(in_order) = &mut self.in_order {
+                    in_order.order.push_back(place);
+                }
+                inherited.push((place, Slot::new(one.bytes, abi)));
             }
         }
         inherited
@@ -220,6 +287,9 @@ impl Queue {
 
     /// Puts a well-formed request into its place.
     pub(crate) fn keep(&mut self, place: u16, request: Request, stage: Stage) {
+        if self.in_flight.len() <= usize::from(place) {
+            self.in_flight.resize_with(usize::from(place) + 1, || None);
+        }
         if let Some(entry) = self.in_flight.get_mut(usize::from(place)) {
             let (held, epoch) = (Held::NONE, None);
             *entry = Some(InFlight { request, held, stage, epoch, transfers: 0, error: None });
@@ -232,15 +302,23 @@ impl Queue {
 
     /// A request in flight that waits for memory.
     pub(crate) fn next_starved(&self) -> Option<u16> {
-        let is_starved =
-            |entry: &Option<InFlight>| entry.as_ref().is_some_and(|one| one.stage == Stage::Starved);
-        let place = self.in_flight.iter().position(is_starved)?;
+        self.next_at(Stage::Starved)
+    }
+
+    /// A request in flight that a barrier holds back.
+    pub(crate) fn next_held_back(&self) -> Option<u16> {
+        self.next_at(Stage::HeldBack)
+    }
+
+    fn next_at(&self, stage: Stage) -> Option<u16> {
+        let stands = |entry: &Option<InFlight>| entry.as_ref().is_some_and(|one| one.stage == stage);
+        let place = self.in_flight.iter().position(stands)?;
         u16::try_from(place).ok()
     }
 
     /// Requests taken whose answers are not published.
     pub(crate) fn unanswered(&self) -> usize {
-        self.in_flight.len() - self.free.len()
+        self.places - self.free.len()
     }
 
     /// Answers a request and forgets it. The answer is visible after [`Queue::publish`]. Returns its memory.
@@ -262,6 +340,16 @@ impl Queue {
     }
 
     fn respond(&mut self, place: u16, id: u64, operation: u8, status: Status) {
+        let Some(in_order) = &mut self.in_order else { return self.write(place, id, operation, status) };
+        if let Some(answer) = in_order.answers.get_mut(usize::from(place)) {
+            *answer = Some((id, operation, status));
+        }
+        while let Some((place, (id, operation, status))) = self.in_order.as_mut().and_then(InOrder::next) {
+            self.write(place, id, operation, status);
+        }
+    }
+
+    fn write(&mut self, place: u16, id: u64, operation: u8, status: Status) {
         // The place is used again only when the answer is out: until then its entry in the journal is needed.
         self.unpublished.push(place);
         if let Some(ring) = &mut self.ring {
@@ -339,6 +427,16 @@ impl Queue {
     /// Gives up the journal, to be closed.
     pub(crate) fn take_journal(&mut self) -> Option<Journal> {
         self.journal.take()
+    }
+}
+
+impl InOrder {
+    /// The oldest answer, if it is known.
+    fn next(&mut self) -> Option<(u16, (u64, u8, Status))> {
+        let place = *self.order.front()?;
+        let answer = self.answers.get_mut(usize::from(place)).and_then(Option::take)?;
+        self.order.pop_front();
+        Some((place, answer))
     }
 }
 

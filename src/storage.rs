@@ -11,6 +11,7 @@ pub mod linux;
 pub mod uring;
 
 mod calls;
+mod discards;
 mod files;
 mod hazards;
 mod legs;
@@ -59,6 +60,33 @@ pub enum Identity {
     },
 }
 
+/// The units in which a medium lets content go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DiscardUnit {
+    /// Length of a unit in bytes: a multiple of 512.
+    pub granularity_bytes: u32,
+    /// Where the first whole unit starts, in bytes: less than the granularity.
+    pub alignment_bytes: u32,
+}
+
+impl DiscardUnit {
+    /// The whole units within `length` bytes from `offset`: first byte, and the byte after the last. Both the same when
+    /// there are none.
+    #[must_use]
+    pub fn within(&self, offset: u64, length: u64) -> (u64, u64) {
+        let unit = u64::from(self.granularity_bytes.max(1));
+        let shift = u64::from(self.alignment_bytes) % unit;
+        // In units' own terms everything lies `unit - shift` further on, so that nothing gets below zero.
+        let up = unit - shift;
+        let Some(end) = offset.checked_add(length).and_then(|end| end.checked_add(up)) else {
+            return (offset, offset);
+        };
+        let Some(from) = (offset + up).checked_next_multiple_of(unit) else { return (offset, offset) };
+        let to = end - end % unit;
+        if to <= from { (offset, offset) } else { (from - up, to - up) }
+    }
+}
+
 /// An image that was opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Opened {
@@ -72,6 +100,8 @@ pub struct Opened {
     pub physical_block_bytes: u32,
     /// Whether it bypasses the page cache.
     pub direct: bool,
+    /// The units in which content can be let go; `None` where that cannot be done, or the image is not writable.
+    pub discard: Option<DiscardUnit>,
     /// False for a writable image that another open file has locked: another program, or a process that is gone and whose
     /// last writes are not over.
     pub locked: bool,
@@ -86,6 +116,12 @@ pub enum IoKind {
     Write,
     /// Make durable what was written before: `fdatasync`.
     Flush,
+    /// The content is needed no longer. Whole units of the medium that lie within are let go, and may read as anything
+    /// then; the rest stays as it is.
+    Discard {
+        /// How much, in bytes.
+        length_bytes: u64,
+    },
 }
 
 /// One transfer. `token` comes back in the [`Done`].
@@ -99,7 +135,7 @@ pub struct Io {
     pub kind: IoKind,
     /// Where in the file; a multiple of 512.
     pub offset_bytes: u64,
-    /// The memory, a multiple of 512 long; empty for a flush.
+    /// The memory, a multiple of 512 long; empty for a flush and for a discard.
     pub span: Span,
 }
 
@@ -110,6 +146,14 @@ pub enum StorageError {
     Os(i32),
     /// The file ended where a write needed it not to.
     PastEnd,
+}
+
+impl StorageError {
+    /// True when the medium does not know the operation, and never will.
+    #[must_use]
+    pub fn is_unsupported(&self) -> bool {
+        matches!(self, StorageError::Os(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY))
+    }
 }
 
 /// A transfer that ended, well or badly.

@@ -134,11 +134,6 @@ impl Ledger {
         self.wanted_tick = 0;
     }
 
-    /// Pages that wait to be written.
-    pub(crate) fn dirty_pages(&self) -> usize {
-        self.dirty.len()
-    }
-
     pub(crate) fn failed(&self) -> bool {
         self.failed
     }

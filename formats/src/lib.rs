@@ -18,6 +18,7 @@ pub mod format;
 pub mod ledger;
 pub mod medium;
 pub mod pages;
+pub mod qcow2;
 pub mod raw;
 
 pub use disk::{Disk, Limits, Op, Outcome, Payload, Request, Work, WorkId, WorkKind};
@@ -26,6 +27,7 @@ pub use format::{Context, Facts, Format, Order, PageAt, Payout, Prepared, Step, 
 pub use ledger::{Ledger, Stamp, Tick};
 pub use medium::Medium;
 pub use pages::{PAGE_BYTES, PageRef, Pages};
+pub use qcow2::Qcow2;
 pub use raw::Raw;
 
 /// Unit of sector numbers and counts, in bytes, whatever the medium's blocks are.

@@ -35,7 +35,7 @@ queues_of() { on "$1" "ls /sys/block/$2/mq | wc -l"; }
 # test_queues GUEST KIND VCPUS ORDER INDIRECT: as many queues as vCPUs, rings of 2^ORDER pages, requests of INDIRECT segments;
 # all of it is really used, and given back.
 test_queues() {
-  local name=$1 kind=$2 vcpus=$3 order=$4 indirect=$5 be id queues pages refs ports0 grants0 queue
+  local name=$1 kind=$2 vcpus=$3 order=$4 indirect=$5 id queues pages refs ports0 grants0 queue segments
   only_vbdd
   [ -e "/run/$name.domid" ] && ! gone "$name" ||
     { VCPUS=$vcpus create "$name" "$kind" /domains/guest.cpio 192 "extra='console=hvc0 loglevel=1'" && start "$name" || fail "$name did not boot"; }
@@ -45,7 +45,7 @@ test_queues() {
   blkfront "$name" max_queues=$vcpus max_ring_page_order=$order max_indirect_segments=$indirect
   disk "$name" xvdb w "$(image "queues-$name" 96)"
   queues=$(be_says "$name" xvdb multi-queue-max-queues) pages=$(be_says "$name" xvdb max-ring-page-order)
-  [ "${queues:-1}" -gt 1 ] || skip "this vbdd offers no queues"
+  [ "${queues:-1}" -gt 1 ] || fail "no queues are offered"
   [ "$queues" -lt "$vcpus" ] || queues=$vcpus
   [ "$pages" -lt "$order" ] || pages=$order
   [ "$(fe_says "$name" xvdb multi-queue-num-queues)" = "$queues" ] || fail "the guest wrote '$(fe_says "$name" xvdb multi-queue-num-queues)' queues, not $queues"
@@ -56,6 +56,11 @@ test_queues() {
     xenstore-exists "$(front "$name" xvdb)/queue-$queue/event-channel" || fail "queue $queue has no event channel"
     queue=$((queue + 1)) refs=$((refs + (1 << pages)))
   done
+  # A request is as long as the guest was told, in pages of 4 KiB: 11 segments without indirect requests.
+  segments=$(be_says "$name" xvdb feature-max-indirect-segments)
+  [ "${segments:-0}" -lt "$indirect" ] || segments=$indirect
+  [ "$(on "$name" "cat /sys/block/xvdb/queue/max_sectors_kb")" = "$((${segments:-11} * 4))" ] ||
+    fail "requests of $(on "$name" "cat /sys/block/xvdb/queue/max_sectors_kb") KiB for ${segments:-11} segments"
   hammer_start "$name" xvdb 4
   sleep "${SECONDS_OF_LOAD:-4}"
   [ "$(($(ports_to 0 "$id") - ports0))" = "$queues" ] || fail "Xen knows of $(($(ports_to 0 "$id") - ports0)) event channels for $queues queues"
@@ -69,6 +74,39 @@ test_queues() {
   gracefully "$name" xvdb
   [ "$(ports_to 0 "$id")" = "$ports0" ] || fail "event channels were not given back"
   [ "$(grants_of "$id" 0)" = "$grants0" ] || fail "grants were not given back"
+}
+
+# kib_of FILE: what a file occupies.
+kib_of() { on "$DOMAIN" "sync; du -k $1" | cut -f1; }
+
+# Discards of the guest give the image's space back: of a range, by trimming a file system, of the whole disk.
+test_discard() {
+  local file full
+  have_guest g1
+  file=$(image discard 32)
+  disk g1 xvdb w "$file"
+  [ "$(be_says g1 xvdb feature-discard)" = 1 ] || skip "no discards are offered"
+  on g1 "vbdd-guest pattern 3 33554432 | dd of=/dev/xvdb bs=1M iflag=fullblock conv=fsync 2>/dev/null" || fail "filling the disk"
+  full=$(kib_of "$file")
+  [ "$full" -ge 32768 ] || fail "a full image occupies $full KiB: this test sees nothing"
+  on g1 "blkdiscard -o 8388608 -l 16777216 /dev/xvdb" || fail "blkdiscard in the guest"
+  half=$(kib_of "$file")
+  [ "$half" -le 16900 ] || fail "after discarding 16 MiB of 32 the image occupies $half KiB"
+  # What was not discarded is what it was.
+  on g1 "vbdd-guest pattern 3 33554432 >/tmp/p; echo 3 >/proc/sys/vm/drop_caches; head -c 8388608 /dev/xvdb | cmp -n 8388608 - /tmp/p && dd if=/dev/xvdb bs=1M skip=24 2>/dev/null >/tmp/q && dd if=/tmp/p bs=1M skip=24 2>/dev/null | cmp - /tmp/q" ||
+    fail "a discard changed its neighbours"
+  on g1 "mke2fs -q -F -t ext4 /dev/xvdb && mount -t ext4 /dev/xvdb /mnt && vbdd-guest pattern 4 12000000 >/mnt/a && vbdd-guest pattern 5 4000000 >/mnt/b && sync" ||
+    fail "a file system"
+  full=$(kib_of "$file")
+  on g1 "rm /mnt/a && sync && fstrim /mnt" || fail "fstrim in the guest"
+  trimmed=$(kib_of "$file")
+  [ "$trimmed" -le $((full - 11000)) ] || fail "fstrim after removing 12 MB: $full KiB before, $trimmed KiB after"
+  on g1 "vbdd-guest pattern 5 4000000 >/tmp/p; umount /mnt && mount -t ext4 /dev/xvdb /mnt && cmp /mnt/b /tmp/p && umount /mnt && rm /tmp/p /tmp/q" || fail "fstrim hurt another file"
+  on g1 "blkdiscard /dev/xvdb" || fail "blkdiscard of the whole disk"
+  [ "$(kib_of "$file")" -le 64 ] || fail "after discarding everything the image occupies $(kib_of "$file") KiB"
+  tell "image of 32 MiB: full, then 16 MiB discarded: $half KiB; ext4 with 16 MB: $full KiB, a file removed and fstrim: $trimmed KiB; all discarded: $(kib_of "$file") KiB"
+  quiet g1
+  gracefully g1 xvdb
 }
 
 # The driver unbound from its disk under I/O, then bound; then the module unloaded and loaded with the disk attached.
@@ -218,3 +256,30 @@ test_block_vbdd() {
   rm -f /run/x2.domid /run/x2.tty
   wait_for on dom0 "! ls -l /proc/\$(pidof vbdd)/fd | grep -q t-xl" || fail "vbdd keeps the images open"
 }
+
+# kexec in a guest while its disk is in use: the old kernel leaves, the new one connects to the same disk. KIND: pv, pvh.
+test_kexec() {
+  local kind=$1 name=k-$1 booted program
+  create "$name" "$kind" /domains/guest.cpio 320 "extra='console=hvc0 loglevel=1'" && start "$name" || fail "no guest"
+  disk "$name" xvdb r "$IMAGES/boot.img"
+  disk "$name" xvdc w "$(image "kexec-$kind" 16)"
+  program="/mnt/kexec/usr/lib64/ld-linux-x86-64.so.2 --library-path /mnt/kexec/usr/lib /mnt/kexec/sbin/kexec"
+  on "$name" "mount -t ext4 -o ro,noload /dev/xvdb /mnt && $program -s -l /mnt/boot/vmlinuz --initrd=/mnt/boot/guest.cpio --command-line='console=hvc0 loglevel=1 vbdd.from=kexec' || $program -c -l /mnt/boot/vmlinuz --initrd=/mnt/boot/guest.cpio --command-line='console=hvc0 loglevel=1 vbdd.from=kexec'" >/run/kexec.out ||
+    skip "kexec -l in a $kind guest: $(tail -2 /run/kexec.out | tr '\n' ' ')"
+  flushed_by_guest "$name"
+  verify_start "$name" xvdc
+  wait_for writes_beyond "$name" xvdc 100 || fail "the verifier does not write"
+  booted=$(grep -c "agent ready" "$LOGS/guest-$name.log")
+  echo "q0 $program -e" >"$(cat "/run/$name.tty")"
+  wait_for booted_again "$name" "$booted" || skip "kexec -e in a $kind guest ends in: $(xl list "$name" | tail -1) $(tail -c 200 "$LOGS/guest-$name.log" | tr -cd ' -~')"
+  on "$name" "grep -q vbdd.from=kexec /proc/cmdline" || fail "this is not the kernel of kexec"
+  connected "$name" xvdc || fail "the disk did not connect to the new kernel"
+  on "$name" "vbdd-guest pattern 12 1048576 >/tmp/p; dd if=/dev/xvdc bs=64k skip=64 count=16 2>/dev/null | cmp - /tmp/p" || fail "flushed data is gone"
+  verified "$name" xvdc 1
+  tell "kexec in a $kind guest under I/O: the new kernel has the disk, flushed data is there"
+  gracefully "$name" xvdb
+  gracefully "$name" xvdc
+  destroy "$name"
+}
+booted_again() { [ "$(grep -c "agent ready" "$LOGS/guest-$1.log")" -gt "$2" ]; }
+flushed_by_guest() { on "$1" "vbdd-guest pattern 12 1048576 | dd of=/dev/xvdc bs=64k seek=64 2>/dev/null && sync"; }

@@ -2,7 +2,7 @@
 
 use formats::Raw;
 
-use super::{Backend, OpenImage, Pending, offers};
+use super::{Backend, OpenImage, Pending};
 use crate::hypervisor::Hypervisor;
 use crate::params::Format;
 use crate::pump::DiskPlan;
@@ -17,7 +17,16 @@ const NOTHING: Opened = Opened {
     physical_block_bytes: 512,
     direct: false,
     locked: true,
+    discard: None,
 };
+
+/// How an image can be punched.
+pub(super) fn discard_of(opened: &Opened) -> Option<vbd::Discard> {
+    opened.discard.map(|unit| vbd::Discard {
+        granularity_bytes: unit.granularity_bytes,
+        alignment_bytes: unit.alignment_bytes,
+    })
+}
 
 /// What came of looking at an image's size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,7 +40,7 @@ pub struct Measured {
 impl<H: Hypervisor, S: Storage> Backend<H, S> {
     /// A drive without a medium: no sector, and every read fails.
     pub(super) fn open_empty(&mut self, address: Address, request: OpenRequest) {
-        let plan = DiskPlan { offers: offers::TAKEN, ..DiskPlan::new(FileId::NONE, 0, true) };
+        let plan = DiskPlan::new(FileId::NONE, 0, true);
         let disk = self.pump.add_disk(&plan);
         if let Some(device) = self.devices.get_mut(&address) {
             device.image = Some(OpenImage { opened: NOTHING, disk, request });
@@ -73,8 +82,9 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
         image.opened.size_bytes = size_bytes;
         let (disk, physical_sector_bytes) = (image.disk, image.opened.physical_block_bytes);
         let path = image.request.image.path.clone();
+        let discard = discard_of(&image.opened);
+        let geometry = Geometry { sectors, physical_sector_bytes, discard };
         self.pump.resize_disk(disk, sectors);
-        let geometry = Geometry { sectors, physical_sector_bytes, discard: None };
         self.pending.push_back((address, Pending::Step(vbd::Event::Resized(geometry))));
         let level = if sectors < before { log::Level::Warn } else { log::Level::Info };
         self.notice(address, level, &format!("{path} has {sectors} sectors now, and had {before}"));

@@ -12,14 +12,15 @@ pub(super) const SERVED: Features = Features {
     indirect_segments_max: INDIRECT_SEGMENTS,
     persistent: false,
     flush: true,
-    barrier: false,
-    discard: false,
+    barrier: true,
+    discard: true,
 };
 
-/// What requests are taken: all that is ever offered, whatever this disk's frontend was told. A predecessor may have told it
-/// more.
-pub(super) const TAKEN: Offers = Offers {
-    indirect_segments: SERVED.indirect_segments_max,
-    barrier: SERVED.barrier,
-    discard: SERVED.discard,
-};
+/// What the data path takes from a frontend that was offered `features`.
+pub(super) fn taken(features: &Features) -> Offers {
+    Offers {
+        indirect_segments: features.indirect_segments_max,
+        barrier: features.barrier,
+        discard: features.discard,
+    }
+}

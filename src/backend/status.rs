@@ -32,14 +32,18 @@ pub struct DeviceStatus {
 
 impl std::fmt::Display for DeviceStatus {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Counters { reads, writes, flushes, storage_errors, refused, .. } = self.counters;
+        let Counters { reads, writes, flushes, discards, storage_errors, refused, .. } = self.counters;
         let mode = if self.read_only { "ro" } else { "rw" };
         let cache = if self.direct { "direct" } else { "cached" };
         write!(f, "{} {}", self.address, self.phase)?;
         if let (Some(path), Some(size)) = (&self.path, self.size_bytes) {
             write!(f, " {path} {size} bytes {mode} {cache}")?;
         }
-        write!(f, ", {reads} reads {writes} writes {flushes} flushes, {} in flight", self.in_flight)?;
+        write!(
+            f,
+            ", {reads} reads {writes} writes {flushes} flushes {discards} discards, {} in flight",
+            self.in_flight
+        )?;
         write!(f, ", {storage_errors} storage errors, {refused} refused")
     }
 }
@@ -64,8 +68,12 @@ impl DeviceStatus {
             ("reads", counters.reads),
             ("writes", counters.writes),
             ("flushes", counters.flushes),
+            ("barriers", counters.barriers),
+            ("discards", counters.discards),
+            ("indirect", counters.indirect),
             ("read_bytes", counters.read_bytes),
             ("written_bytes", counters.written_bytes),
+            ("discarded_bytes", counters.discarded_bytes),
             ("storage_errors", counters.storage_errors),
             ("refused", counters.refused),
             ("events", counters.events),
@@ -101,7 +109,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
                 direct: image.is_some_and(|image| image.opened.direct),
                 queues: device.queues.len(),
                 in_flight: queues().map(|queue| self.pump.unanswered(queue)).sum(),
-                counters: sum(queues().filter_map(|queue| self.pump.counters(queue))),
+                counters: Counters::sum(queues().filter_map(|queue| self.pump.counters(queue))),
             }
         })
     }
@@ -137,20 +145,6 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
         let connected = self.devices.values().filter(|device| !device.queues.is_empty()).count();
         Totals { disks: self.devices.len(), connected }
     }
-}
-
-fn sum(all: impl Iterator<Item = Counters>) -> Counters {
-    all.fold(Counters::default(), |a, b| Counters {
-        reads: a.reads + b.reads,
-        writes: a.writes + b.writes,
-        flushes: a.flushes + b.flushes,
-        read_bytes: a.read_bytes + b.read_bytes,
-        written_bytes: a.written_bytes + b.written_bytes,
-        storage_errors: a.storage_errors + b.storage_errors,
-        refused: a.refused + b.refused,
-        events: a.events + b.events,
-        notifications: a.notifications + b.notifications,
-    })
 }
 
 fn phase(vbd: &Vbd) -> &'static str {

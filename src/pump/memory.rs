@@ -8,16 +8,16 @@ use std::time::Duration;
 use rings::{Segments, Status};
 
 use super::Pump;
-use crate::buffers::{Pool, SPAN_BYTES_MAX, Span};
+use crate::buffers::{PAGE_BYTES, Pool, SPAN_BYTES_MAX, Span};
 use crate::hypervisor::{CopyDirection, DomainId, Hypervisor};
 use crate::limits::STARVED_PATIENCE;
 use crate::queue::Stage;
 use crate::storage::{IoKind, Storage};
 
-/// Length of all pieces but the last, in bytes.
+/// Longest piece, in bytes; shorter ones, of whole pages, are taken where no such run is free.
 pub(crate) const PIECE_BYTES: u32 = 128 << 10;
 
-/// Pieces of the longest request.
+/// Most pieces of a request.
 const PIECES_MAX: usize = 8;
 
 const _: () = assert!(PIECE_BYTES as usize * PIECES_MAX >= rings::INDIRECT_SEGMENTS_MAX as usize * 4096);
@@ -41,17 +41,13 @@ impl Held {
         let mut held = Held::NONE;
         let mut left = length;
         while left > 0 {
-            let part = left.min(PIECE_BYTES);
-            match (pool.alloc(part), held.pieces.get_mut(usize::from(held.count))) {
-                (Some(span), Some(piece)) => *piece = span,
-                (span, _) => {
-                    span.map(|span| pool.free(span));
-                    held.free(pool);
-                    return None;
-                }
-            }
-            held.count += 1;
-            left -= part;
+            let span = held.pieces.get(usize::from(held.count)).and_then(|_| piece(pool, left));
+            let Some(span) = span else {
+                held.free(pool);
+                return None;
+            };
+            held.push(span);
+            left -= span.length_bytes();
         }
         if descriptors > 0 {
             match pool.alloc(descriptors) {
@@ -65,6 +61,13 @@ impl Held {
         Some(held)
     }
 
+    fn push(&mut self, span: Span) {
+        if let Some(piece) = self.pieces.get_mut(usize::from(self.count)) {
+            *piece = span;
+            self.count += 1;
+        }
+    }
+
     /// Gives all of it back.
     fn free(&mut self, pool: &mut Pool) {
         self.shorten(pool, 0);
@@ -76,25 +79,49 @@ impl Held {
 
     /// Gives back the pieces that `length` bytes do not need.
     fn shorten(&mut self, pool: &mut Pool, length: u32) {
-        while u32::from(self.count.saturating_sub(1)) * PIECE_BYTES >= length && self.count > 0 {
-            self.count -= 1;
-            if let Some(piece) = self.pieces.get_mut(usize::from(self.count)) {
+        let mut at = 0;
+        let (pieces, _) = self.pieces.split_at_mut(self.count.into());
+        for piece in pieces {
+            let end = at + piece.length_bytes();
+            if at >= length {
                 pool.free(std::mem::replace(piece, Span::EMPTY));
+                self.count -= 1;
             }
+            at = end;
         }
     }
 
     /// What of `length` bytes from `at` on lies in one piece; `None` past the end.
     pub(crate) fn part(&self, at: u32, length: u32) -> Option<Span> {
-        let (piece, from) = (at / PIECE_BYTES, at % PIECE_BYTES);
-        let span = self.pieces.get(piece as usize).filter(|_| piece < self.count.into())?;
-        span.part(from, length.min(PIECE_BYTES - from))
+        let mut from = at;
+        for piece in self.pieces.iter().take(self.count.into()) {
+            let room = piece.length_bytes();
+            if from < room {
+                return piece.part(from, length.min(room - from));
+            }
+            from -= room;
+        }
+        None
     }
 
     /// What the pool counts for it, in bytes.
     fn bytes(&self) -> u64 {
         let spans = self.pieces.iter().chain([&self.descriptors]);
         spans.map(|span| u64::from(span.length_bytes()).next_multiple_of(4096)).sum()
+    }
+}
+
+/// The longest piece that can be had for `left` bytes.
+fn piece(pool: &mut Pool, left: u32) -> Option<Span> {
+    let mut length = left.min(PIECE_BYTES);
+    loop {
+        if let Some(span) = pool.alloc(length) {
+            return Some(span);
+        }
+        if length <= PAGE_BYTES {
+            return None;
+        }
+        length = (length / 2).next_multiple_of(PAGE_BYTES);
     }
 }
 
@@ -129,6 +156,11 @@ impl Guests {
         if let Some(guest) = self.0.get_mut(guest as usize) {
             guest.queues = guest.queues.saturating_sub(1);
         }
+    }
+
+    /// How many queues the guest has.
+    pub(super) fn queues(&self, guest: u32) -> u32 {
+        self.0.get(guest as usize).map_or(0, |guest| guest.queues)
     }
 
     /// True if the guest may hold `wanted` bytes more of the `free` ones: whoever holds some leaves at least as much free

@@ -5,7 +5,9 @@ use rings::{Operation, Status};
 
 use super::{DiskId, Pump, PumpEvent, QueueId, StorageFailure, Token};
 use crate::buffers::Span;
+use crate::disk::Disk;
 use crate::hypervisor::{CopyDirection, CopySegment, Hypervisor, Port};
+use crate::limits::COLLECT_SEGMENTS;
 use crate::queue::{FrontendMisbehaved, Stage};
 use crate::storage::{Done, Io, IoKind, Storage, StorageError};
 
@@ -52,8 +54,10 @@ pub(super) struct Scratch {
     incoming: Batch,
     outgoing: Batch,
     served: Vec<u64>,
-    /// Disks on which a flush may have become ready.
+    /// Disks on which a flush or barrier may have become ready.
     flush_disks: Vec<u32>,
+    /// Disks on which a barrier has ended.
+    pub(super) reopened: Vec<u32>,
 }
 
 impl Scratch {
@@ -64,7 +68,7 @@ impl Scratch {
     }
 
     pub(super) fn has_flushes(&self) -> bool {
-        !self.flush_disks.is_empty()
+        !self.flush_disks.is_empty() || !self.reopened.is_empty()
     }
 }
 
@@ -72,7 +76,8 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
     /// Takes what storage has finished, and hands the data of reads to the guests.
     pub(super) fn collect(&mut self) -> bool {
         let mut progress = false;
-        while let Some(done) = self.storage.done() {
+        while self.scratch.outgoing.segments.len() < COLLECT_SEGMENTS {
+            let Some(done) = self.storage.done() else { break };
             progress = true;
             match Token::decode(done.token) {
                 Some(Token::Request { queue, place }) => self.transfer_done(queue, place, &done),
@@ -104,14 +109,42 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         let (operation, sector) = (one.request.operation, one.request.sector);
         self.end_epoch(id, place);
         match (result, operation) {
+            (Err(error), Operation::Discard) if error.is_unsupported() => self.discards_no_more(id, place),
             (Err(error), _) => {
-                let what = if operation == Operation::Read { "read" } else { "write" };
+                let what = match operation {
+                    Operation::Read => "read",
+                    Operation::Discard => "discard",
+                    _ => "write",
+                };
                 self.storage_failed(id, what, sector, error);
                 self.finish(id, place, Status::Error);
             }
             (Ok(()), Operation::Read) if has_ring => self.queue_copy(id, place, CopyDirection::ToGuest),
+            // What came along with a flush or barrier is durable with the answer.
+            (Ok(()), Operation::Flush | Operation::Barrier) => self.queue_flush(id, place, Stage::Flush),
             (Ok(()), _) => self.finish(id, place, Status::Okay),
         }
+    }
+
+    /// Has a request wait for an `fdatasync` that covers everything until now, at `stage`.
+    fn queue_flush(&mut self, id: u32, place: u16, stage: Stage) {
+        let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return };
+        let disk_id = queue.disk;
+        let Some(disk) = self.disks.get_mut(disk_id as usize).and_then(Option::as_mut) else { return };
+        let Some(one) = queue.in_flight(place) else { return };
+        one.stage = stage;
+        disk.flush_begins(Token::Request { queue: id, place }.encode());
+        self.scratch.look_at(disk_id);
+    }
+
+    /// The medium knows no discard after all.
+    fn discards_no_more(&mut self, id: u32, place: u16) {
+        let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return };
+        let disk = queue.disk;
+        if let Some(open) = self.disk(disk) {
+            open.offers.discard = false;
+        }
+        self.finish(id, place, Status::Unsupported);
     }
 
     fn storage_failed(&mut self, id: u32, what: &'static str, sector: u64, error: StorageError) {
@@ -262,14 +295,45 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         }
     }
 
+    /// Hands a discard to storage.
+    pub(super) fn queue_discard(&mut self, id: u32, place: u16) {
+        let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return };
+        let Some(disk) = self.disks.get(queue.disk as usize).and_then(Option::as_ref) else { return };
+        let Some(one) = queue.in_flight(place) else { return };
+        let extent = Extent { sector: one.request.sector, sectors: one.request.sectors };
+        let Ok(Run { place: Place::Data { offset_bytes }, .. }) = disk.image.map(extent) else {
+            return self.finish(id, place, Status::Error);
+        };
+        one.transfers = 1;
+        let token = Token::Request { queue: id, place }.encode();
+        let kind = IoKind::Discard { length_bytes: extent.sectors.saturating_mul(rings::SECTOR_BYTES) };
+        self.storage.queue(Io { token, file: disk.file, kind, offset_bytes, span: Span::EMPTY });
+    }
+
     /// Answers a request and gives its memory back.
     pub(super) fn finish(&mut self, id: u32, place: u16, status: Status) {
         self.end_epoch(id, place);
+        self.leave(id, place);
         let Some(queue) = self.queue(id) else { return };
         let guest = queue.guest;
         let held = queue.answer(place, status);
         self.release(guest, held);
         self.touch(id);
+    }
+
+    /// Tells the disk that a request ends which it had let in.
+    fn leave(&mut self, id: u32, place: u16) {
+        let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return };
+        let disk_id = queue.disk;
+        let Some(disk) = self.disks.get_mut(disk_id as usize).and_then(Option::as_mut) else { return };
+        let Some(one) = queue.in_flight(place).filter(|one| one.stage != Stage::HeldBack) else { return };
+        let is_barrier = one.request.operation == Operation::Barrier;
+        disk.leave(is_barrier);
+        if is_barrier {
+            self.scratch.reopened.push(disk_id);
+        } else if disk.has_barrier() {
+            self.scratch.look_at(disk_id);
+        }
     }
 
     /// From now on, flushes wait for this write.
@@ -296,6 +360,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
 
     pub(super) fn start_flushes(&mut self) {
         while let Some(id) = self.scratch.flush_disks.pop() {
+            self.start_barrier(id);
             let Some(disk) = self.disk(id) else { continue };
             if !disk.start_flush() {
                 continue;
@@ -307,6 +372,15 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             let (token, file) = (Token::Flush(id).encode(), disk.file);
             self.storage.queue(Io { token, file, kind: IoKind::Flush, offset_bytes: 0, span: Span::EMPTY });
         }
+    }
+
+    /// Starts the barrier that waited for everything before it, if that has ended.
+    fn start_barrier(&mut self, disk: u32) {
+        let Some(request) = self.disk(disk).and_then(Disk::start_barrier) else { return };
+        let Some(Token::Request { queue, place }) = Token::decode(request) else { return };
+        let one = self.queue(queue).and_then(|queue| queue.in_flight(place));
+        let has_data = one.is_some_and(|one| one.request.has_data());
+        self.queue_flush(queue, place, if has_data { Stage::Preflush } else { Stage::Flush });
     }
 
     fn flush_done(&mut self, id: u32, result: Result<(), StorageError>) {

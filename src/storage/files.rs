@@ -6,7 +6,8 @@ use super::FileId;
 use super::hazards::Hazards;
 use super::legs::{SECTOR_BYTES, Shape};
 use super::medium::{Path, Prepared};
-use super::{Access, Identity};
+use super::slots::Fifo;
+use super::{Access, DiscardUnit, Identity};
 
 /// Bits of a [`FileId`] that number the place; the others count how often it was used, so that a handle of a closed file
 /// does not mean the next one.
@@ -31,10 +32,13 @@ pub(super) struct File {
     pub in_flight: u32,
     /// To be closed when the last request has finished.
     pub closing: bool,
-    /// The errno of a flush that failed. Nobody can tell any more which writes are down, so none is vouched for again.
-    pub flush_failed: Option<i32>,
     /// Whether the log has been told of its oddities.
     pub warned: bool,
+    /// The units in which content can be let go, if at all.
+    pub discard: Option<DiscardUnit>,
+    /// A discard is under way, and the others that wait for it.
+    pub discarding: bool,
+    pub discards: Fifo,
     /// Only where a block is larger than a sector.
     pub hazards: Option<Hazards>,
 }
@@ -64,8 +68,10 @@ impl File {
             attached: None,
             in_flight: 0,
             closing: false,
-            flush_failed: None,
             warned: false,
+            discard: prepared.discard,
+            discarding: false,
+            discards: Fifo::EMPTY,
             hazards: serialised.then(|| Hazards::new(prepared.shape)),
         }
     }

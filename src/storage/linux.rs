@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::calls::{self, Job};
+use super::discards::Discard;
 use super::engine::{self, AnyEngine, Engine, EngineChoice, Landed};
 use super::files::{FILES_MAX, File, Files};
 use super::legs::{self, BOUNCE_BYTES};
@@ -26,6 +27,9 @@ const OPENS_WAITING_MAX: usize = 256;
 
 /// Threads for transfers that the engine has no asynchronous form for.
 const HELPERS_MAX: usize = 4;
+
+/// Threads for discards: as many disks can have one under way.
+const DISCARDERS_MAX: usize = 4;
 
 /// Bounce buffers in bytes: 16 requests go through them at a time, the others wait.
 const BOUNCE_POOL_BYTES: usize = 16 * BOUNCE_BYTES as usize;
@@ -102,6 +106,7 @@ pub struct LinuxStorage {
     refused_opens: VecDeque<(u64, Result<Opened, OpenError>)>,
     openers: Workers<Errand, OpenAnswer>,
     pub(super) helpers: Workers<Job, Landed>,
+    pub(super) discarders: Workers<Discard, Landed>,
     bell: Arc<Bell>,
     /// Whether a transfer was pushed by us and not on behalf of a caller who is about to submit.
     pub(super) continued: bool,
@@ -153,6 +158,8 @@ impl LinuxStorage {
         let helpers = Workers::new("vbdd-io", HELPERS_MAX, Arc::clone(&bell), |Job(transfer)| {
             Some(Landed { tag: transfer.tag, result: calls::now(&transfer) })
         });
+        let discarders =
+            Workers::new("vbdd-discard", DISCARDERS_MAX, Arc::clone(&bell), |call: Discard| Some(call.now()));
         Ok(LinuxStorage {
             pool,
             bounces,
@@ -167,6 +174,7 @@ impl LinuxStorage {
             refused_opens: VecDeque::new(),
             openers,
             helpers,
+            discarders,
             bell,
             continued: false,
         })
@@ -231,6 +239,7 @@ impl LinuxStorage {
             size_bytes: entry.shape.size,
             physical_block_bytes: entry.physical_block_bytes,
             direct: entry.path == Path::Direct,
+            discard: entry.discard,
             locked,
         })
     }
@@ -253,17 +262,16 @@ impl LinuxStorage {
     fn admit(file: &File, io: &Io) -> Result<(), StorageError> {
         match io.kind {
             IoKind::Write if file.access == Access::ReadOnly => return Err(StorageError::Os(libc::EROFS)),
-            IoKind::Flush => {
-                if let Some(errno) = file.flush_failed {
-                    return Err(StorageError::Os(errno));
-                }
+            IoKind::Discard { .. } if file.access == Access::ReadOnly => {
+                return Err(StorageError::Os(libc::EROFS));
             }
             _ => {}
         }
         if file.closing {
             return Err(StorageError::Os(libc::EBADF));
         }
-        legs::check(&file.shape, io.kind, io.offset_bytes, io.span.length_bytes())
+        let length = Self::discard_length(io.kind).unwrap_or(io.span.length_bytes().into());
+        legs::check(&file.shape, io.kind, io.offset_bytes, length)
     }
 }
 
@@ -319,6 +327,9 @@ impl Storage for LinuxStorage {
         if let Err(error) = Self::admit(file, &io) {
             return self.end(io.token, Err(error));
         }
+        if let Some(length) = Self::discard_length(io.kind) {
+            return self.queue_discard(&io, length);
+        }
         if file.path == Path::Memory {
             let result = self.copy_now(&io);
             return self.end(io.token, result);
@@ -366,6 +377,8 @@ impl Storage for LinuxStorage {
             } else if let Some(landed) = self.helpers.take() {
                 self.land(landed);
             } else if let Some(landed) = self.stillborn.pop_front() {
+                self.land(landed);
+            } else if let Some(landed) = self.discarders.take() {
                 self.land(landed);
             } else {
                 if self.continued || !self.unpushed.is_empty() {

@@ -94,7 +94,7 @@ impl LinuxStorage {
         let tail = slot.leg.way == Way::Tail && slot.stage == Stage::Move;
         let Some(file) = self.files.at(slot.io.file) else { return };
         let action = match slot.stage {
-            Stage::Sync => Action::Sync,
+            Stage::Sync | Stage::Discard => Action::Sync,
             Stage::Fetch | Stage::Fill => Action::Read,
             Stage::Store => Action::Write,
             Stage::Move if slot.io.kind == IoKind::Read => Action::Read,
@@ -140,6 +140,9 @@ impl LinuxStorage {
     pub(super) fn land(&mut self, landed: Landed) {
         let number = landed.tag;
         let slot = *self.slots.at(number);
+        if slot.stage == Stage::Discard {
+            return self.discard_landed(number, calls::answer(landed.result));
+        }
         let Some(file) = self.files.at(slot.io.file) else { return };
         match calls::answer(landed.result) {
             // The usual end: all of it.
@@ -204,9 +207,6 @@ impl LinuxStorage {
             }
             _ => {}
         }
-        if slot.stage == Stage::Sync {
-            file.flush_failed = Some(errno);
-        }
         self.finish(number, Err(StorageError::Os(errno)));
     }
 
@@ -235,7 +235,7 @@ impl LinuxStorage {
                 let (inner, outer) = Self::both_sides(place);
                 outer.copy_from(&inner);
             }
-            Stage::Move | Stage::Store => {}
+            Stage::Move | Stage::Store | Stage::Discard => {}
         }
         place.at += place.leg.length;
         if place.at == place.io.span.length_bytes() {
@@ -246,7 +246,7 @@ impl LinuxStorage {
     }
 
     /// A request has ended: its answer, and whoever waited for it.
-    fn finish(&mut self, number: u32, result: Result<(), StorageError>) {
+    pub(super) fn finish(&mut self, number: u32, result: Result<(), StorageError>) {
         let slot = *self.slots.at(number);
         self.end(slot.io.token, result);
         if let Some(buffer) = slot.bounce {
@@ -293,7 +293,7 @@ impl LinuxStorage {
         let action = match io.kind {
             IoKind::Read => Action::Read,
             IoKind::Write => Action::Write,
-            IoKind::Flush => Action::Sync,
+            IoKind::Flush | IoKind::Discard { .. } => Action::Sync,
         };
         let room = file.shape.limit.saturating_sub(io.offset_bytes);
         let length = io.span.length_bytes().min(u32::try_from(room).unwrap_or(u32::MAX));

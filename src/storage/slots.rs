@@ -25,6 +25,8 @@ pub(super) enum Stage {
     Store,
     /// Makes durable.
     Sync,
+    /// Lets go of content.
+    Discard,
 }
 
 /// One request.
@@ -39,6 +41,8 @@ pub(super) struct Slot {
     pub memory: Span,
     pub place: u64,
     pub moved: u32,
+    /// Where a discard ends.
+    pub until: u64,
     /// Tries of the current transfer that moved nothing.
     pub tries: u8,
     pub bounce: Option<Span>,
@@ -61,6 +65,7 @@ impl Slot {
             memory: Span::EMPTY,
             place: 0,
             moved: 0,
+            until: 0,
             tries: 0,
             bounce: None,
             listed: None,

@@ -44,15 +44,15 @@ impl Features {
 }
 
 impl Default for Features {
-    /// All that there is, with 4 queues: no known frontend makes more of its own accord.
+    /// All but barriers, which a frontend would use beside flushes for nothing, and persistent grants; four queues.
     fn default() -> Features {
         Features {
             ring_page_order_max: RING_PAGE_ORDER_MAX,
             queues_max: 4,
             indirect_segments_max: INDIRECT_SEGMENTS,
-            persistent: true,
+            persistent: false,
             flush: true,
-            barrier: true,
+            barrier: false,
             discard: true,
         }
     }

@@ -48,6 +48,8 @@ pub struct Backend {
     pub pool_bytes: usize,
     /// What every disk offers.
     pub offers: Offers,
+    /// Every queue's answers come in the order of taking.
+    pub in_order: bool,
     again: bool,
     /// Turns since the world began, and the most calls that one of them made.
     pub turns: u64,
@@ -67,7 +69,8 @@ impl Backend {
             pump: None,
             disks: Vec::new(),
             pool_bytes,
-            offers: Offers { indirect_segments: 256, ..Offers::NONE },
+            offers: Offers { indirect_segments: 256, barrier: true, discard: true },
+            in_order: false,
             again: false,
             turns: 0,
             calls_per_turn_max: 0,
@@ -116,7 +119,8 @@ impl Backend {
     /// Starts a process that takes over what is live and attaches what is new. False if it died of it.
     pub fn start(&mut self) -> bool {
         assert!(self.pump.is_none());
-        let (shared, pool_bytes, offers) = (self.shared.clone(), self.pool_bytes, self.offers);
+        let (shared, pool_bytes) = (self.shared.clone(), self.pool_bytes);
+        let (offers, in_order) = (self.offers, self.in_order);
         self.mortal(|backend| {
             let storage = SimStorage::new(shared.clone(), pool_bytes);
             let journals = Box::new(SimJournals(shared.clone()));
@@ -125,9 +129,8 @@ impl Backend {
                 let vbd = backend.vbds[at].clone();
                 let pump = backend.pump.as_mut().unwrap();
                 let file = pump.storage.open_image(vbd.image);
-                backend.disks.push(
-                    pump.add_disk(&DiskPlan { offers, ..DiskPlan::new(file, vbd.sectors, vbd.read_only) }),
-                );
+                let plan = DiskPlan::new(file, vbd.sectors, vbd.read_only);
+                backend.disks.push(pump.add_disk(&DiskPlan { offers, in_order, ..plan }));
             }
             for at in 0..backend.lines.len() {
                 backend.attach(at);

@@ -7,13 +7,18 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
 
 use vbdd::buffers::Pool;
-use vbdd::storage::{Access, Done, FileId, Identity, Io, IoKind, OpenError, Opened, Storage, StorageError};
+use vbdd::storage::{
+    Access, DiscardUnit, Done, FileId, Identity, Io, IoKind, OpenError, Opened, Storage, StorageError,
+};
 
 use super::model::sector_bytes;
 use super::{Plant, Shared};
 
 pub const SECTOR: usize = 512;
 type Sector = [u8; SECTOR];
+
+/// The units in which every image lets content go: odd on purpose.
+pub const UNIT: DiscardUnit = DiscardUnit { granularity_bytes: 4096, alignment_bytes: 1536 };
 
 #[derive(Clone, Debug)]
 struct Version {
@@ -49,6 +54,25 @@ struct Running {
     covers: BTreeSet<u64>,
 }
 
+impl Running {
+    /// What of the image a discard lets go, in bytes; whole units only.
+    fn discarded(&self) -> Option<(u64, u64)> {
+        match self.io.kind {
+            IoKind::Discard { length_bytes } => Some(UNIT.within(self.io.offset_bytes, length_bytes)),
+            _ => None,
+        }
+    }
+
+    fn first_sector(&self) -> usize {
+        self.discarded().map_or(self.io.offset_bytes, |(from, _)| from) as usize / SECTOR
+    }
+
+    /// Sectors that a write or discard changes.
+    fn sectors(&self) -> usize {
+        self.discarded().map_or(self.data.len(), |(from, to)| (to - from) as usize) / SECTOR
+    }
+}
+
 /// An error that was injected: which image, what, where; or left over from a process that died.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Injected {
@@ -67,8 +91,12 @@ pub struct Media {
     numbers: u64,
     pub injected: Vec<Injected>,
     pub flush_failed: Vec<usize>,
+    /// Images turn out to know no discard.
+    pub no_discard: bool,
     /// Transfers started since the world began.
     pub transfers: u64,
+    /// Images of which no transfer ever ends.
+    pub hung: BTreeSet<usize>,
     /// The next transfer of this kind never ends.
     pub hang_next: Option<IoKind>,
 }
@@ -101,6 +129,7 @@ impl Media {
 
     /// Lets the transfers that never end go on.
     pub fn unhang(&mut self) {
+        self.hung.clear();
         self.running.iter_mut().filter(|one| one.due_us == u64::MAX).for_each(|one| one.due_us = 0);
     }
 
@@ -109,7 +138,7 @@ impl Media {
     pub fn process_died(&mut self, chance: &mut dyn FnMut() -> bool) {
         self.queued.clear();
         for one in std::mem::take(&mut self.running) {
-            for n in 0..one.data.len() / SECTOR {
+            for n in 0..one.sectors() {
                 if chance() {
                     self.land(&one, n);
                 }
@@ -127,7 +156,7 @@ impl Media {
     pub fn power_loss(&mut self, torn: bool, pick: &mut dyn FnMut(usize) -> usize) {
         self.queued.clear();
         for one in std::mem::take(&mut self.running) {
-            for n in 0..one.data.len() / SECTOR {
+            for n in 0..one.sectors() {
                 if pick(2) == 0 {
                     self.land(&one, n);
                 }
@@ -157,12 +186,14 @@ impl Media {
         }
     }
 
-    /// Sector `n` of a write reaches the cache.
+    /// Sector `n` of a write, or of what a discard lets go, reaches the cache.
     fn land(&mut self, one: &Running, n: usize) {
         let image = &mut self.images[one.image];
-        let sector = one.io.offset_bytes as usize / SECTOR + n;
+        let sector = one.first_sector() + n;
         let mut bytes = [0; SECTOR];
-        bytes.copy_from_slice(&one.data[n * SECTOR..(n + 1) * SECTOR]);
+        if one.io.kind == IoKind::Write {
+            bytes.copy_from_slice(&one.data[n * SECTOR..(n + 1) * SECTOR]);
+        }
         image.visible[sector] = bytes;
         image.cached.entry(sector).or_default().push(Version { write: one.number, bytes });
     }
@@ -254,15 +285,18 @@ impl SimStorage {
         let mut media = shared.media.borrow_mut();
         let rate = match one.io.kind {
             IoKind::Read => faults.read_error,
-            IoKind::Write => faults.write_error,
+            IoKind::Write | IoKind::Discard { .. } => faults.write_error,
             IoKind::Flush => faults.flush_error,
         };
         let error = shared.strikes(rate);
         let hidden = match one.io.kind {
             IoKind::Write => plant == Plant::WriteErrorHidden,
             IoKind::Flush => plant == Plant::FlushErrorHidden,
-            IoKind::Read => false,
+            IoKind::Read | IoKind::Discard { .. } => false,
         };
+        if matches!(one.io.kind, IoKind::Discard { .. }) && media.no_discard {
+            return Err(StorageError::Os(libc::EOPNOTSUPP));
+        }
         if error {
             let (image, kind, offset_bytes) = (one.image, one.io.kind, one.io.offset_bytes);
             media.injected.push(Injected { image, kind, offset_bytes, certain: true });
@@ -283,6 +317,13 @@ impl SimStorage {
                 }
                 for n in 0..sectors {
                     if !error || shared.chance(1, 2) {
+                        media.land(one, n);
+                    }
+                }
+            }
+            IoKind::Discard { .. } => {
+                for n in 0..one.sectors() {
+                    if shared.chance(1, 2) {
                         media.land(one, n);
                     }
                 }
@@ -320,6 +361,7 @@ impl Storage for SimStorage {
                     size_bytes: (media.images[image].visible.len() * SECTOR) as u64,
                     physical_block_bytes: 512,
                     direct: true,
+                    discard: (!media.images[image].read_only).then_some(UNIT),
                     locked: true,
                 })
             }
@@ -359,11 +401,15 @@ impl Storage for SimStorage {
         };
         let mut media = self.shared.media.borrow_mut();
         let aligned = io.offset_bytes.is_multiple_of(512) && io.span.length_bytes().is_multiple_of(512);
-        let end = io.offset_bytes.saturating_add(io.span.length_bytes().into()) as usize;
+        let length = match io.kind {
+            IoKind::Discard { length_bytes } => length_bytes,
+            _ => io.span.length_bytes().into(),
+        };
+        let end = io.offset_bytes.saturating_add(length) as usize;
         if !aligned || end > media.images[image].visible.len() * SECTOR {
             self.shared.fail(format!("a transfer outside the image: {io:?}"));
         }
-        if media.images[image].read_only && io.kind == IoKind::Write {
+        if media.images[image].read_only && matches!(io.kind, IoKind::Write | IoKind::Discard { .. }) {
             self.shared.fail("a write to an image that was opened to be read");
         }
         media.numbers += 1;
@@ -391,6 +437,9 @@ impl Storage for SimStorage {
                 latency *= 100;
             }
             one.due_us = now + latency;
+            if media.hung.contains(&one.image) {
+                one.due_us = u64::MAX;
+            }
             if media.hang_next == Some(one.io.kind) {
                 media.hang_next = None;
                 one.due_us = u64::MAX;
@@ -417,7 +466,7 @@ impl Storage for SimStorage {
             media.running.swap_remove(ready[self.shared.index(ready.len())])
         };
         let result = self.finish(&one);
-        if one.io.kind == IoKind::Write {
+        if matches!(one.io.kind, IoKind::Write | IoKind::Discard { .. }) {
             let mut media = self.shared.media.borrow_mut();
             let image = &mut media.images[one.image];
             image.taken.insert(one.number);
