@@ -196,11 +196,11 @@ impl Daemon {
 
     /// Gives the memory of past load back to the system, once, when there has been no load for a while.
     fn trim(&mut self, now: Duration) {
-        let storage = &mut self.backend.pump().storage;
-        if storage.in_flight() > 0 {
+        let pump = self.backend.pump();
+        if pump.storage.in_flight() > 0 {
             self.trim_at = Some(now + TRIM_AFTER);
         } else if self.trim_at.is_some_and(|at| at <= now) {
-            storage.trim();
+            pump.trim();
             self.trim_at = None;
         }
     }

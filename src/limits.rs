@@ -48,6 +48,11 @@ pub const STARVED_PATIENCE: Duration = Duration::from_secs(2);
 /// flight, into data memory; at most eight pieces of 128 KiB hold its data.
 pub const INDIRECT_SEGMENTS: u16 = rings::INDIRECT_SEGMENTS_MAX;
 
+/// Memory of a queue's tables under load, in bytes: 256 for each request that was ever in flight at once, and 40 for each
+/// slot of the ring; 9 KiB for a ring of 32, 148 KiB for one of 512. At rest the first part is given back: 20 KiB for a
+/// ring of 512, to which its journal adds 68 KiB in the state directory (8 KiB for a ring of 32).
+pub const QUEUE_BYTES_MAX: usize = 512 * (256 + 40);
+
 /// Rounds that the pump makes before its caller looks at xenstore and timers again: 8 rounds of 32 requests a queue.
 pub const ROUNDS_PER_TURN: u32 = 8;
 

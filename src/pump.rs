@@ -21,7 +21,7 @@ use crate::journal::{Journal, JournalStore, Memory, RECORD_VERSION, RingRecord};
 use crate::limits::REPORTS_MAX;
 use crate::queue::{Counters, FrontendMisbehaved, Queue};
 use crate::storage::{FileId, Storage};
-pub(crate) use memory::Held;
+pub(crate) use memory::{Held, Rows};
 
 /// Names a queue of the pump.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -157,6 +157,7 @@ pub struct Pump<H, S> {
     /// Queues with answers to publish.
     touched: Vec<u32>,
     guests: memory::Guests,
+    rows: Rows,
     /// Queues with requests that wait for memory, in line.
     starved: VecDeque<u32>,
     /// The first of them that waits for others, and since when.
@@ -184,6 +185,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             delayed: Vec::new(),
             touched: Vec::new(),
             guests: memory::Guests::default(),
+            rows: Rows::default(),
             starved: VecDeque::new(),
             first_in_line: None,
             now: Duration::ZERO,
@@ -329,6 +331,12 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
     #[must_use]
     pub fn has_work(&self) -> bool {
         !self.ready.is_empty() || self.scratch.has_flushes()
+    }
+
+    /// Gives the memory of past load back, tables and data. Meant for moments without load.
+    pub fn trim(&mut self) {
+        self.queues.iter_mut().flatten().for_each(Queue::trim);
+        self.storage.trim();
     }
 
     /// When [`Pump::turn`] wants to be called though nothing happens: an event channel's delay ends, or

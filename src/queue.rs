@@ -13,7 +13,7 @@ use crate::disk::Epoch;
 use crate::hypervisor::{CopyDirection, CopySegment, DomainId, Port, RingMapping};
 use crate::journal::{Journal, Owed};
 use crate::limits::{EVENT_DELAY_MAX, EVENT_DELAY_MIN, IDLE_EVENTS_FREE};
-use crate::pump::Held;
+use crate::pump::{Held, Rows};
 use crate::storage::StorageError;
 
 /// Where a request in flight stands.
@@ -45,6 +45,9 @@ pub(crate) struct InFlight {
     /// The first error that one of them met.
     pub(crate) error: Option<StorageError>,
 }
+
+// `limits::QUEUE_BYTES_MAX` counts with this.
+const _: () = assert!(size_of::<Option<InFlight>>() <= 256);
 
 /// What the guest did that a frontend must not do. Named for the log; the guest itself sees an error status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -376,12 +379,12 @@ impl Queue {
         notify
     }
 
-    /// The copies that move a request's data, appended to `segments`. `pool` is where its descriptors were copied to.
+    /// The copies that move a request's data, appended to `segments`. `rows` and `pool` tell of its memory.
     pub(crate) fn copies(
         &self,
         place: u16,
         direction: CopyDirection,
-        pool: &Pool,
+        (rows, pool): (&Rows, &Pool),
         segments: &mut Vec<CopySegment>,
     ) {
         let Some(one) = self.in_flight.get(usize::from(place)).and_then(Option::as_ref) else { return };
@@ -391,7 +394,7 @@ impl Queue {
             let end = at + u32::from(segment.length_bytes());
             while at < end {
                 // A segment may lie across the end of a piece.
-                let Some(local) = one.held.part(at, end - at) else { return };
+                let Some(local) = rows.part(&one.held, at, end - at) else { return };
                 let (domain, grant) = (self.domain, segment.grant);
                 segments.push(CopySegment { domain, grant, offset_bytes, local, direction, copied: false });
                 at += local.length_bytes();
@@ -422,6 +425,13 @@ impl Queue {
             None | Some(0) => Duration::ZERO,
             Some(excess) => (EVENT_DELAY_MIN * (1 << (excess - 1).min(16))).min(EVENT_DELAY_MAX),
         }
+    }
+
+    /// Gives up the table's memory that a busy moment took, as far as no request is in it.
+    pub(crate) fn trim(&mut self) {
+        let used = self.in_flight.iter().rposition(Option::is_some).map_or(0, |last| last + 1);
+        self.in_flight.truncate(used);
+        self.in_flight.shrink_to(used);
     }
 
     /// Gives up the journal, to be closed.

@@ -16,6 +16,7 @@ mod files;
 mod hazards;
 mod legs;
 mod medium;
+mod merge;
 mod requests;
 mod slots;
 
@@ -208,6 +209,50 @@ pub trait Storage {
     /// Starts all that is queued, with as few system calls as the engine needs.
     fn submit(&mut self);
 
+    /// Gives unused memory back to the system, where there is such a thing.
+    fn trim(&mut self) {}
+
     /// Takes one finished transfer, if there is one. Starts what has to be tried or continued before it says no.
     fn done(&mut self) -> Option<Done>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Asks every sector whether its whole unit lies within.
+    fn by_hand(unit: DiscardUnit, offset: u64, length: u64) -> (u64, u64) {
+        let (size, shift) = (u64::from(unit.granularity_bytes), u64::from(unit.alignment_bytes));
+        let starts = (0..).map(|n| n * size + shift).take_while(|start| start + size <= offset + length);
+        let whole: Vec<u64> = starts.filter(|start| *start >= offset).collect();
+        match (whole.first(), whole.last()) {
+            (Some(first), Some(last)) => (*first, last + size),
+            _ => (offset, offset),
+        }
+    }
+
+    #[test]
+    fn only_whole_units_are_within() {
+        for (granularity_bytes, alignment_bytes) in
+            [(512, 0), (4096, 0), (4096, 1536), (1536, 512), (8192, 7680)]
+        {
+            let unit = DiscardUnit { granularity_bytes, alignment_bytes };
+            for offset in (0..20_000).step_by(512) {
+                for length in (512..30_000).step_by(512) {
+                    assert_eq!(
+                        unit.within(offset, length),
+                        by_hand(unit, offset, length),
+                        "{unit:?} {offset} {length}"
+                    );
+                }
+            }
+            for (offset, length) in [(u64::MAX - 511, 512), (512, u64::MAX - 511), (u64::MAX - 600, 600)] {
+                let (from, to) = unit.within(offset, length);
+                assert!(
+                    from <= to && from >= offset.min(from) && to - from <= length,
+                    "{unit:?} {offset} {length}"
+                );
+            }
+        }
+    }
 }

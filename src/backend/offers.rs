@@ -16,11 +16,12 @@ pub(super) const SERVED: Features = Features {
     discard: true,
 };
 
-/// What the data path takes from a frontend that was offered `features`.
+/// What requests are taken: all that is ever offered, since a predecessor may have told the frontend more; but discards only
+/// where this disk's administrator lets it.
 pub(super) fn taken(features: &Features) -> Offers {
     Offers {
-        indirect_segments: features.indirect_segments_max,
-        barrier: features.barrier,
+        indirect_segments: SERVED.indirect_segments_max,
+        barrier: SERVED.barrier,
         discard: features.discard,
     }
 }

@@ -19,9 +19,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
             let error = ConnectError::Failed("no image is open".to_owned());
             return self.connect_ended(address, Err(error));
         };
-        // A predecessor may have offered more.
-        let offered = if plan.resume { super::offers::SERVED } else { plan.terms.offered };
-        self.pump.set_terms(disk, super::offers::taken(&offered), plan.terms.in_order);
+        self.pump.set_terms(disk, super::offers::taken(&plan.terms.offered), plan.terms.in_order);
         let mut refused = None;
         for (which, ring) in plan.rings.iter().enumerate() {
             let attached = self.attach_all(address, disk, &plan, ring);

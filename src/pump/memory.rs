@@ -23,79 +23,117 @@ const PIECES_MAX: usize = 8;
 const _: () = assert!(PIECE_BYTES as usize * PIECES_MAX >= rings::INDIRECT_SEGMENTS_MAX as usize * 4096);
 const _: () = assert!(PIECE_BYTES <= SPAN_BYTES_MAX);
 
+/// No row.
+const NONE: u32 = u32::MAX;
+
 /// The memory of one request.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Held {
-    pieces: [Span; PIECES_MAX],
-    count: u8,
+    first: Span,
+    /// The row of [`Rows`] that has the other pieces.
+    rest: u32,
+    /// What the pool counts for all of it, in bytes.
+    bytes: u32,
     /// The private copy of an indirect request's descriptors.
     pub(crate) descriptors: Span,
 }
 
 impl Held {
-    pub(crate) const NONE: Held =
-        Held { pieces: [Span::EMPTY; PIECES_MAX], count: 0, descriptors: Span::EMPTY };
+    pub(crate) const NONE: Held = Held { first: Span::EMPTY, rest: NONE, bytes: 0, descriptors: Span::EMPTY };
+}
+
+/// The pieces behind the first, of the requests that have more than one: as many rows as such requests were ever in flight
+/// at once, 112 bytes each.
+#[derive(Debug, Default)]
+pub(crate) struct Rows {
+    rows: Vec<[Span; PIECES_MAX - 1]>,
+    free: Vec<u32>,
+}
+
+impl Rows {
+    fn take(&mut self) -> u32 {
+        if let Some(row) = self.free.pop() {
+            return row;
+        }
+        let row = u32::try_from(self.rows.len()).unwrap_or(NONE);
+        self.rows.push([Span::EMPTY; PIECES_MAX - 1]);
+        // A place for it when it comes back.
+        self.free.reserve(self.rows.len());
+        row
+    }
+
+    /// The pieces behind the first.
+    fn of(&self, held: &Held) -> &[Span] {
+        self.rows.get(held.rest as usize).map_or(&[], |row| row)
+    }
 
     /// Memory for `length` bytes of data, and for `descriptors` bytes beside it. All of it or nothing.
-    fn alloc(pool: &mut Pool, length: u32, descriptors: u32) -> Option<Held> {
-        let mut held = Held::NONE;
-        let mut left = length;
-        while left > 0 {
-            let span = held.pieces.get(usize::from(held.count)).and_then(|_| piece(pool, left));
-            let Some(span) = span else {
-                held.free(pool);
-                return None;
-            };
-            held.push(span);
-            left -= span.length_bytes();
-        }
-        if descriptors > 0 {
-            match pool.alloc(descriptors) {
-                Some(span) => held.descriptors = span,
-                None => {
-                    held.free(pool);
-                    return None;
-                }
-            }
+    fn alloc(&mut self, pool: &mut Pool, length: u32, descriptors: u32) -> Option<Held> {
+        let first = piece(pool, length)?;
+        let mut held = Held { first, bytes: counted(first), ..Held::NONE };
+        if self.alloc_rest(pool, &mut held, length, descriptors).is_none() {
+            self.free(pool, held);
+            return None;
         }
         Some(held)
     }
 
-    fn push(&mut self, span: Span) {
-        if let Some(piece) = self.pieces.get_mut(usize::from(self.count)) {
-            *piece = span;
-            self.count += 1;
+    fn alloc_rest(&mut self, pool: &mut Pool, held: &mut Held, length: u32, descriptors: u32) -> Option<()> {
+        let mut left = length - held.first.length_bytes();
+        if left > 0 {
+            held.rest = self.take();
+            for place in self.rows.get_mut(held.rest as usize)? {
+                if left > 0 {
+                    *place = piece(pool, left)?;
+                    held.bytes += counted(*place);
+                    left -= place.length_bytes();
+                }
+            }
         }
+        if descriptors > 0 {
+            held.descriptors = pool.alloc(descriptors)?;
+            held.bytes += counted(held.descriptors);
+        }
+        (left == 0).then_some(())
     }
 
     /// Gives all of it back.
-    fn free(&mut self, pool: &mut Pool) {
-        self.shorten(pool, 0);
-        if self.descriptors != Span::EMPTY {
-            pool.free(self.descriptors);
+    fn free(&mut self, pool: &mut Pool, held: Held) {
+        for span in self.of(&held).iter().chain([&held.first, &held.descriptors]) {
+            if *span != Span::EMPTY {
+                pool.free(*span);
+            }
         }
-        *self = Held::NONE;
+        if let Some(row) = self.rows.get_mut(held.rest as usize) {
+            *row = [Span::EMPTY; PIECES_MAX - 1];
+            self.free.push(held.rest);
+        }
     }
 
-    /// Gives back the pieces that `length` bytes do not need.
-    fn shorten(&mut self, pool: &mut Pool, length: u32) {
-        let mut at = 0;
-        let (pieces, _) = self.pieces.split_at_mut(self.count.into());
-        for piece in pieces {
-            let end = at + piece.length_bytes();
-            if at >= length {
-                pool.free(std::mem::replace(piece, Span::EMPTY));
-                self.count -= 1;
+    /// Gives back the pieces that `length` bytes, at least one, do not need.
+    fn shorten(&mut self, pool: &mut Pool, held: &mut Held, length: u32) {
+        let mut at = held.first.length_bytes();
+        let Some(row) = self.rows.get_mut(held.rest as usize) else { return };
+        for place in row {
+            let end = at + place.length_bytes();
+            if at >= length && *place != Span::EMPTY {
+                held.bytes -= counted(*place);
+                pool.free(std::mem::replace(place, Span::EMPTY));
             }
             at = end;
         }
     }
 
     /// What of `length` bytes from `at` on lies in one piece; `None` past the end.
-    pub(crate) fn part(&self, at: u32, length: u32) -> Option<Span> {
-        let mut from = at;
-        for piece in self.pieces.iter().take(self.count.into()) {
-            let room = piece.length_bytes();
+    #[inline]
+    pub(crate) fn part(&self, held: &Held, at: u32, length: u32) -> Option<Span> {
+        let mut room = held.first.length_bytes();
+        if at < room {
+            return held.first.part(at, length.min(room - at));
+        }
+        let mut from = at - room;
+        for piece in self.of(held) {
+            room = piece.length_bytes();
             if from < room {
                 return piece.part(from, length.min(room - from));
             }
@@ -103,12 +141,11 @@ impl Held {
         }
         None
     }
+}
 
-    /// What the pool counts for it, in bytes.
-    fn bytes(&self) -> u64 {
-        let spans = self.pieces.iter().chain([&self.descriptors]);
-        spans.map(|span| u64::from(span.length_bytes()).next_multiple_of(4096)).sum()
-    }
+/// What the pool counts for a span, in bytes.
+fn counted(span: Span) -> u32 {
+    span.length_bytes().next_multiple_of(PAGE_BYTES)
 }
 
 /// The longest piece that can be had for `left` bytes.
@@ -239,12 +276,12 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             one.stage = Stage::Starved;
             return Some(Lack::Share);
         }
-        let held = if allowed { Held::alloc(pool, length, descriptors) } else { None };
+        let held = if allowed { self.rows.alloc(pool, length, descriptors) } else { None };
         let Some(held) = held else {
             one.stage = Stage::Starved;
             return Some(Lack::Memory);
         };
-        self.guests.holds(guest, held.bytes());
+        self.guests.holds(guest, held.bytes.into());
         one.held = held;
         one.stage = Stage::Storage;
         if descriptors > 0 {
@@ -270,18 +307,17 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return };
         let guest = queue.guest;
         let Some(one) = queue.in_flight(place) else { return };
-        let before = one.held.bytes();
-        one.held.shorten(self.storage.buffers(), one.request.length_bytes());
-        let given = before - one.held.bytes();
-        self.guests.gives_back(guest, given);
+        let before = one.held.bytes;
+        self.rows.shorten(self.storage.buffers(), &mut one.held, one.request.length_bytes());
+        let given = before - one.held.bytes;
+        self.guests.gives_back(guest, given.into());
     }
 
     /// Takes the memory of a request back.
-    pub(super) fn release(&mut self, guest: u32, mut held: Held) {
-        let bytes = held.bytes();
-        if bytes > 0 {
-            held.free(self.storage.buffers());
-            self.guests.gives_back(guest, bytes);
+    pub(super) fn release(&mut self, guest: u32, held: Held) {
+        if held.bytes > 0 {
+            self.rows.free(self.storage.buffers(), held);
+            self.guests.gives_back(guest, held.bytes.into());
         }
     }
 

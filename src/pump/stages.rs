@@ -162,7 +162,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             CopyDirection::ToGuest => &mut self.scratch.outgoing,
         };
         let before = batch.segments.len();
-        queue.copies(place, direction, self.storage.buffers(), &mut batch.segments);
+        queue.copies(place, direction, (&self.rows, self.storage.buffers()), &mut batch.segments);
         let segments = u16::try_from(batch.segments.len() - before).unwrap_or(0);
         batch.requests.push(Copying { queue: id, place, segments });
     }
@@ -284,7 +284,9 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         };
         let token = Token::Request { queue: id, place }.encode();
         let (length, mut at) = (one.request.length_bytes(), 0);
-        while let Some(span) = one.held.part(at, length - at).filter(|span| span.length_bytes() > 0) {
+        while let Some(span) =
+            self.rows.part(&one.held, at, length - at).filter(|span| span.length_bytes() > 0)
+        {
             let offset_bytes = offset_bytes + u64::from(at);
             self.storage.queue(Io { token, file: disk.file, kind, offset_bytes, span });
             one.transfers += 1;

@@ -13,6 +13,7 @@ use super::engine::{self, AnyEngine, Engine, EngineChoice, Landed};
 use super::files::{FILES_MAX, File, Files};
 use super::legs::{self, BOUNCE_BYTES};
 use super::medium::{self, Path, Prepared};
+use super::merge::Merges;
 use super::slots::{Fifo, Slots};
 use super::workers::{Bell, Workers};
 use super::{Access, Done, FileId, Identity, Io, IoKind, OpenError, Opened, Storage, StorageError};
@@ -100,6 +101,8 @@ pub struct LinuxStorage {
     pub(super) unpushed: Fifo,
     /// Requests that wait for a bounce buffer.
     pub(super) unbounced: Fifo,
+    /// Transfers that may yet become one with the next.
+    pub(super) merges: Merges,
     /// Transfers that failed before they started.
     pub(super) stillborn: VecDeque<Landed>,
     finished: VecDeque<Done>,
@@ -169,6 +172,7 @@ impl LinuxStorage {
             slots: Slots::new(),
             unpushed: Fifo::EMPTY,
             unbounced: Fifo::EMPTY,
+            merges: Merges::default(),
             stillborn: VecDeque::new(),
             finished: VecDeque::new(),
             refused_opens: VecDeque::new(),
@@ -198,10 +202,10 @@ impl LinuxStorage {
         self.bell.answer();
     }
 
-    /// Gives unused buffers back to the system. Meant for moments without load.
-    pub fn trim(&mut self) {
-        self.pool.trim();
-        self.bounces.trim();
+    /// Transfers that went along with another as one, since the storage was made.
+    #[must_use]
+    pub fn merged(&self) -> u64 {
+        self.merges.merged
     }
 
     /// Requests queued and not yet finished.
@@ -347,8 +351,14 @@ impl Storage for LinuxStorage {
         self.advance(number);
     }
 
+    fn trim(&mut self) {
+        self.pool.trim();
+        self.bounces.trim();
+    }
+
     fn submit(&mut self) {
         self.continued = false;
+        self.end_run();
         let mut all = self.engine.submit();
         while all && !self.unpushed.is_empty() {
             let before = self.unpushed.first();
@@ -381,7 +391,7 @@ impl Storage for LinuxStorage {
             } else if let Some(landed) = self.discarders.take() {
                 self.land(landed);
             } else {
-                if self.continued || !self.unpushed.is_empty() {
+                if self.continued || !self.unpushed.is_empty() || !self.merges.is_empty() {
                     self.submit();
                 }
                 return None;

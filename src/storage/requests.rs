@@ -89,7 +89,7 @@ impl LinuxStorage {
 
     /// Starts the current transfer of a request from where it stands.
     #[inline]
-    fn launch(&mut self, number: u32) {
+    pub(super) fn launch(&mut self, number: u32) {
         let slot = self.slots.at(number);
         let tail = slot.leg.way == Way::Tail && slot.stage == Stage::Move;
         let Some(file) = self.files.at(slot.io.file) else { return };
@@ -118,7 +118,18 @@ impl LinuxStorage {
             if self.helpers.give(Job(transfer)).is_err() {
                 self.stillborn.push_back(Landed { tag: number, result: -libc::EAGAIN });
             }
-        } else if !self.unpushed.is_empty() || !self.engine.push(&transfer) {
+        } else if self.may_merge(number, action) {
+            let file = self.slots.at(number).io.file;
+            self.join(number, file, transfer);
+        } else {
+            self.push(number, &transfer);
+        }
+    }
+
+    /// Gives a transfer to the engine, or has it wait for room there.
+    #[inline]
+    pub(super) fn push(&mut self, number: u32, transfer: &Transfer) {
+        if !self.unpushed.is_empty() || !self.engine.push(transfer) {
             self.unpushed.push(&mut self.slots, number);
         }
     }
@@ -127,6 +138,8 @@ impl LinuxStorage {
     pub(super) fn push_more(&mut self) {
         let mut waiting = std::mem::replace(&mut self.unpushed, Fifo::EMPTY);
         while let Some(number) = waiting.pop(&self.slots) {
+            // There is little room: it is not kept back any longer.
+            self.slots.at_mut(number).alone = true;
             self.launch(number);
             if !self.unpushed.is_empty() {
                 // It went back to the end of an empty list: put the rest behind it, in order.
@@ -138,6 +151,9 @@ impl LinuxStorage {
 
     /// An answer has come.
     pub(super) fn land(&mut self, landed: Landed) {
+        if self.land_merged(landed) {
+            return;
+        }
         let number = landed.tag;
         let slot = *self.slots.at(number);
         if slot.stage == Stage::Discard {
@@ -173,7 +189,7 @@ impl LinuxStorage {
         }
     }
 
-    fn relaunch(&mut self, number: u32) {
+    pub(super) fn relaunch(&mut self, number: u32) {
         self.continued = true;
         self.launch(number);
     }
@@ -220,7 +236,7 @@ impl LinuxStorage {
     }
 
     /// The current transfer of a request has moved all that it was to move.
-    fn moved_all(&mut self, number: u32) {
+    pub(super) fn moved_all(&mut self, number: u32) {
         let place = self.slots.at_mut(number);
         place.moved = 0;
         place.tries = 0;

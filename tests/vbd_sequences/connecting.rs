@@ -22,6 +22,7 @@ fn everything_is_published_with_2_where_we_play_the_script() {
     let host = ready();
     for (name, value) in [
         ("feature-flush-cache", "1"),
+        ("feature-max-indirect-segments", "256"),
         ("max-ring-page-order", "4"),
         ("max-ring-pages", "16"),
         ("multi-queue-max-queues", "4"),

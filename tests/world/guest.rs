@@ -50,10 +50,10 @@ pub struct Habits {
     pub discards: u64,
     pub barriers: u64,
     pub odd: u64,
-    /// The disk has fewer sectors than the model: what lies past this must be refused.
-    pub end: Option<u64>,
     /// Its answers must come in the order of its requests.
     pub in_order: bool,
+    /// The disk has fewer sectors than the model: what lies past this must be refused.
+    pub end: Option<u64>,
 }
 
 impl Habits {
@@ -78,8 +78,8 @@ impl Habits {
             discards: 1,
             barriers: 0,
             odd: 1,
-            end: None,
             in_order: false,
+            end: None,
         }
     }
 }
@@ -256,7 +256,9 @@ impl SaneGuest {
         let indirect = !flushes && !odd && !with_data && shared.chance(habits.indirect, 16);
         let pages = match (flushes || odd, indirect) {
             (true, _) => 0,
-            (_, true) => 1 + shared.below(habits.indirect_max.min(model.size() / 8)),
+            (_, true) => {
+                1 + shared.below(habits.indirect_max.min(model.size() / 8).min(habits.frames as u64 - 1))
+            }
             (_, false) => habits.segments_min + shared.below(habits.segments_max - habits.segments_min + 1),
         };
         if queue.free.len() < pages as usize + usize::from(indirect) {
