@@ -9,6 +9,7 @@ mod media;
 mod notices;
 mod offers;
 mod queues;
+mod quotas;
 mod scan;
 mod status;
 
@@ -32,6 +33,7 @@ use crate::vbd::{
 use crate::xenbus::Session;
 pub use media::Measured;
 use notices::Bucket;
+pub use quotas::disks_that_fit;
 pub use status::{DeviceStatus, Totals};
 
 /// What the backend was told to do.
@@ -122,6 +124,8 @@ pub struct Backend<H, S> {
     crowded: Vec<Address>,
     /// Directories whose listing did: at most one for each guest and kind.
     unlisted: Vec<Purpose>,
+    /// Watches that xenstored refused, to be asked for again.
+    unwatched: Vec<(Duration, WatchToken, Path)>,
     /// When the sizes of the images were looked at.
     sizes_at: Duration,
     stopping: bool,
@@ -151,6 +155,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
             pending: VecDeque::new(),
             crowded: Vec::new(),
             unlisted: Vec::new(),
+            unwatched: Vec::new(),
             sizes_at: now,
             stopping: false,
         }
@@ -184,6 +189,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
             self.sizes_at = now;
             self.look_at_sizes();
         }
+        self.watch_again(session);
         while let Some(event) = session.event() {
             self.store_event(session, event);
         }
@@ -202,7 +208,8 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
     pub fn deadline(&self) -> Option<Duration> {
         let timers =
             self.devices.values().flat_map(|device| device.timers.values().copied().chain(device.read_at));
-        timers.chain(self.pump.deadline()).min()
+        let watches = self.unwatched.iter().map(|(at, ..)| *at);
+        timers.chain(watches).chain(self.pump.deadline()).min()
     }
 
     fn fire_timers(&mut self) {
@@ -233,13 +240,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
         match event {
             xenstore::Event::Reset => self.connection_made(session),
             xenstore::Event::Watch { token, path } => self.watch_fired(session, token, &path),
-            xenstore::Event::WatchFailed { token, path, code } => {
-                log::error!(
-                    "xenstore refused the watch of {path}: {code}; changes there go unseen (raise the domain's quota of \
-                     watches)"
-                );
-                let _ = token;
-            }
+            xenstore::Event::WatchFailed { token, path, code } => self.watch_refused(token, path, code),
             xenstore::Event::Job { id, outcome } => {
                 if let Some(purpose) = self.jobs.remove(&id) {
                     self.job_done(session, purpose, outcome);

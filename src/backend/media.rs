@@ -17,6 +17,7 @@ const NOTHING: Opened = Opened {
     physical_block_bytes: 512,
     direct: false,
     locked: true,
+    discard: None,
 };
 
 /// How an image can be punched.
