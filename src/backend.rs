@@ -21,7 +21,7 @@ use xenstore::{JobId, Outcome, Path, WatchToken};
 
 use crate::hypervisor::{DomainId, Hypervisor};
 use crate::journal::JournalStore;
-use crate::limits::{SIZES_INTERVAL, WORLD_READ_INTERVAL, WORLD_READS_BURST};
+use crate::limits::{SIZES_INTERVAL, WORLD_READ_INTERVAL, WORLD_READ_NODES, WORLD_READS_BURST};
 use crate::pump::{DiskId, DiskPlan, Pump, PumpEvent, QueueId};
 use crate::queue::FrontendMisbehaved;
 use crate::storage::{Identity, OpenError, Opened, Storage};
@@ -42,6 +42,9 @@ pub struct Options {
     /// How each vbd behaves.
     pub vbd: Config,
 }
+
+// One job reads the nodes of the largest ring.
+const _: () = assert!(vbd::FURTHER_KEYS_MAX <= xenstore::limits::NODES_PER_JOB_MAX);
 
 /// What a xenstore job was for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -393,7 +396,9 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
             self.notice(address, log::Level::Warn, &text);
         }
         let sectors = raw.geometry().sectors;
-        let disk = self.pump.add_disk(&DiskPlan::new(opened.file, sectors, request.read_only));
+        let (Identity::File { device, .. } | Identity::Device { number: device }) = opened.identity;
+        let plan = DiskPlan { device, ..DiskPlan::new(opened.file, sectors, request.read_only) };
+        let disk = self.pump.add_disk(&plan);
         let physical_sector_bytes = opened.physical_block_bytes;
         if let Some(device) = self.devices.get_mut(&address) {
             device.image = Some(OpenImage { opened, disk, request });
@@ -443,6 +448,9 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
         let paths: Vec<Path> =
             further.iter().filter_map(|key| actions::path_of(&address, own, key)).collect();
         let Some(device) = self.devices.get_mut(&address) else { return };
+        // Many queues are many nodes: they count as more reads.
+        let more = u32::try_from(paths.len()).unwrap_or(u32::MAX) / WORLD_READ_NODES;
+        device.reads.charge(self.now, more, WORLD_READ_INTERVAL);
         match session.submit(xenstore::Job::Read(paths)) {
             Ok(id) => {
                 device.partial = Some((world, further));

@@ -22,9 +22,12 @@ pub const REQUESTS_PER_TURN_MIN: u32 = 8;
 /// The request that passes it is the last, so 1 MiB more at most.
 pub const BYTES_PER_TURN: u32 = 32 * 44 * 1024;
 
-/// Segments that are copied to guests at a time, at 4 KiB each: 4 MiB, and one request more. Reads that have more data
-/// ready wait for the next round, so that a guest's large reads do not hold up the small ones of another.
+/// Segments of long requests that are copied at a time while one guest has the process for itself, at 4 KiB each: 4 MiB.
 pub const COLLECT_SEGMENTS: usize = 1024;
+
+/// Segments of long requests that are copied at a time while guests share the process: 256 KiB, some 25 us, after which it looks
+/// for events. What is no longer than a plain request is copied before them.
+pub const SLICE_SEGMENTS: usize = 64;
 
 /// Events without work that are let through at once. Honest frontends cause a few: a request that was found by the last
 /// look at the ring has sent its event too.
@@ -41,8 +44,41 @@ pub const EVENT_DELAY_MAX: Duration = Duration::from_millis(128);
 /// of 1 MiB; when the disks of `k` guests hang, 64 MiB / (k + 1) stay for the others, 1.3 MiB beside 46 of them.
 pub const DATA_MEMORY_BYTES: usize = 64 << 20;
 
+/// Pages of one queue that stay mapped: what a Linux frontend keeps for a ring of 32 requests of 32 pages and some more.
+/// 100 bytes of books each.
+pub const GRANTS_PER_QUEUE_MAX: usize = 1056;
+
+/// Pages of all guests that stay mapped: each is a mapping of its own, of which Linux allows a process 65 530.
+pub const GRANTS_MAX: usize = 16_384;
+
+/// Chunks of 2 MiB of files in memory that are mapped at once, all files together: 1 GiB, in 512 pages of page table
+/// (2 MiB) with 88 bytes of books each (44 KiB). What is beyond is read and written by calls.
+pub const MAPPED_CHUNKS_MAX: usize = 512;
+
+/// The largest file in memory that is mapped, in bytes: two bytes of books for each chunk, 64 KiB.
+pub const MAPPED_FILE_BYTES_MAX: u64 = 64 << 30;
+
 /// How long the first in line for memory keeps others from passing, before what it waits for counts as hung.
 pub const STARVED_PATIENCE: Duration = Duration::from_secs(2);
+
+/// What one transfer counts at a storage device besides its bytes: 16 KiB, about what a solid-state disk moves in the time that a
+/// command takes by itself.
+pub const TRANSFER_COST: u64 = 16 << 10;
+
+/// What may be at a storage device at once while guests share it, at most: 384 KiB are 19 transfers of 4 KiB, 6 of 44 KiB or
+/// 2 of 128 KiB, which is what keeps a solid-state disk busy; whoever comes with one transfer goes at once. What does not fit
+/// waits in the memory that its guest holds.
+pub const DEVICE_COST_CONTENDED: u64 = 384 << 10;
+
+/// How long a transfer should stay at a shared device: a slow one gets less at once, down to one transfer.
+pub const DEVICE_DELAY: Duration = Duration::from_millis(2);
+
+/// What may be at a storage device at once while one guest has it for itself: 4 MiB, which another that comes waits for once
+/// (2 ms at 2 GB/s). 256 transfers of 4 KiB count 5 MiB.
+pub const DEVICE_COST_ALONE: u64 = 4 << 20;
+
+/// How long a device counts as shared after the last transfer of the second guest.
+pub const DEVICE_CONTENDED_FOR: Duration = Duration::from_secs(1);
 
 /// Segments of an indirect request: 1 MiB of whole pages. One page of descriptors (2 048 bytes) is copied for each in
 /// flight, into data memory; at most eight pieces of 128 KiB hold its data.
@@ -63,10 +99,13 @@ pub const REPORTS_MAX: usize = 256;
 pub const DEVICES_MAX: usize = 1000;
 
 /// Reads of one disk's nodes: 20 at once, then 10 a second, so that a frontend that changes its mind all the time costs
-/// at most 250 xenstore requests a second.
+/// at most 700 xenstore requests a second: 40 nodes each, and [`WORLD_READ_NODES`] more for each further read that counts.
 pub const WORLD_READS_BURST: u32 = 20;
 /// See [`WORLD_READS_BURST`].
 pub const WORLD_READ_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Nodes of further queues and pages that count as one more read: the largest ring's 136 count as four.
+pub const WORLD_READ_NODES: u32 = 30;
 
 /// How often the sizes of the open images are looked at while anything happens at all: one system call a disk, so 100 a
 /// second for 1 000 disks. A host at rest is not woken for it.

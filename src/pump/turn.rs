@@ -32,6 +32,13 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
     pub fn turn(&mut self, now: Duration) -> bool {
         self.now = now;
         self.end_delays(now);
+        self.turning = true;
+        let more = self.rounds(now);
+        self.turning = false;
+        more
+    }
+
+    fn rounds(&mut self, now: Duration) -> bool {
         for _ in 0..ROUNDS_PER_TURN {
             let mut progress = self.feed_starved();
             progress |= self.take_requests(now);
@@ -39,12 +46,25 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             progress |= self.describe();
             progress |= self.copy_in();
             self.start_flushes();
+            self.fair.dispatch(&mut self.storage, now);
             self.storage.submit();
             progress |= self.collect();
             self.publish();
+            if self.fair.dispatch(&mut self.storage, now) {
+                // Before the long copies, so that the device is not idle meanwhile.
+                self.storage.submit();
+            }
+            let long = self.copy_out_long();
+            if long {
+                self.publish();
+            }
             progress |= self.rest();
             progress |= self.scratch.has_flushes();
-            if !progress {
+            if self.scratch.copies.wait() && self.fair.is_shared(now) {
+                // Others may have come meanwhile.
+                return true;
+            }
+            if !(progress || long) {
                 return false;
             }
         }

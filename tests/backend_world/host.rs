@@ -1,5 +1,8 @@
 //! A host with a whole backend in it: simulated xenstored, hypervisor, storage and clock, and frontends by script.
 
+// Not every test uses all of it.
+#![allow(dead_code)]
+
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -34,7 +37,7 @@ pub struct Host {
     pub own: u16,
     place: Place,
     connection: Option<ConnectionId>,
-    session: Session,
+    pub session: Session,
     pub backend: Option<SimBackend>,
     again: bool,
     pool_bytes: usize,
@@ -45,6 +48,8 @@ pub struct Host {
     /// The connection to xenstored is lost and made anew all the time.
     pub flaps: bool,
     pub flapped: u64,
+    /// Time does not go beyond this by itself.
+    time_max_us: u64,
 }
 
 impl Host {
@@ -70,6 +75,7 @@ impl Host {
             turns: 0,
             flaps: false,
             flapped: 0,
+            time_max_us: u64::MAX,
         };
         if seed >= RESTLESS {
             host.flaps = true;
@@ -102,6 +108,12 @@ impl Host {
         }
         self.session.disconnected();
         self.again = true;
+    }
+
+    /// Paths that the process watches.
+    pub fn watches(&self) -> Vec<String> {
+        let id = self.connection.unwrap();
+        self.store.watches_of(id).into_iter().map(|(path, _)| path).collect()
     }
 
     /// The backend was asked for something beside its turns.
@@ -290,8 +302,10 @@ impl Host {
 
     pub fn run_for(&mut self, time: Duration) {
         let end = self.shared.clock.now() + time;
+        self.time_max_us = end.as_micros() as u64;
         for _ in 0..ROUNDS_MAX {
             if self.shared.clock.now() >= end {
+                self.time_max_us = u64::MAX;
                 return;
             }
             if !self.round() {
@@ -371,7 +385,7 @@ impl Host {
     }
 
     /// Calls the backend if a reactor would.
-    fn turn_if_due(&mut self) -> bool {
+    pub fn turn_if_due(&mut self) -> bool {
         let now = self.shared.clock.now();
         let Some(backend) = &mut self.backend else { return false };
         let readable = self.shared.xen.borrow().readable();
@@ -400,7 +414,7 @@ impl Host {
         let times =
             guests.iter().filter_map(|guest| guest.wakes_at()).chain(backend).chain(store).chain(media);
         match times.filter(|at| *at > now).min() {
-            Some(at) => self.shared.clock.advance_to(at),
+            Some(at) => self.shared.clock.advance_to(at.min(self.time_max_us)),
             None => return false,
         }
         true
