@@ -65,8 +65,12 @@ test_queues() {
   sleep "${SECONDS_OF_LOAD:-4}"
   [ "$(($(ports_to 0 "$id") - ports0))" = "$queues" ] || fail "Xen knows of $(($(ports_to 0 "$id") - ports0)) event channels for $queues queues"
   [ "$(($(grants_of "$id" 0) - grants0))" -ge "$refs" ] || fail "Xen knows of $(($(grants_of "$id" 0) - grants0)) mapped grants for $refs ring pages"
-  tell "$kind guest, $vcpus vCPUs: $queues queues of $((1 << pages)) pages; Xen: $(($(ports_to 0 "$id") - ports0)) event channels, $(($(grants_of "$id" 0) - grants0)) grants; largest request $(on "$name" "cat /sys/block/xvdb/queue/max_sectors_kb") KiB"
-  on dom0 "vbdd status" | grep "$id" | while read -r line; do tell "  $line"; done
+  if [ -n "${PERSISTENT:-}" ]; then
+    [ "$(be_says "$name" xvdb feature-persistent)/$(fe_says "$name" xvdb feature-persistent)" = 1/1 ] || fail "persistent grants are not agreed on"
+    [ "$(($(grants_of "$id" 0) - grants0))" -gt $((refs + 32)) ] || fail "only $(($(grants_of "$id" 0) - grants0)) grants are mapped with persistent grants under load"
+  fi
+  tell "$kind guest, $vcpus vCPUs: $queues queues of $((1 << pages)) pages; Xen: $(($(ports_to 0 "$id") - ports0)) event channels, $(($(grants_of "$id" 0) - grants0)) grants; largest request $(on "$name" "cat /sys/block/xvdb/queue/max_sectors_kb") KiB; feature-persistent: we $(be_says "$name" xvdb feature-persistent), the guest $(fe_says "$name" xvdb feature-persistent)"
+  on dom0 "vbdd status" | grep "/$id/" | while read -r line; do tell "  $line"; done
   hammer_stop "$name" xvdb
   tell "  $(grep -c '^errors=0' "/run/hammer.$name.xvdb") processes, one a vCPU, all sizes: $(grep '^errors=0' "/run/hammer.$name.xvdb" | tail -1)"
   # The queues were used: each had requests of its own vCPU.
@@ -74,6 +78,13 @@ test_queues() {
   gracefully "$name" xvdb
   [ "$(ports_to 0 "$id")" = "$ports0" ] || fail "event channels were not given back"
   [ "$(grants_of "$id" 0)" = "$grants0" ] || fail "grants were not given back"
+}
+
+# The same with persistent grants: the guest's pages stay mapped, and all of them are given back at the end.
+test_persistent() {
+  vbdd_stop dom0 && VBDD_OPTIONS=--persistent-grants vbdd_start dom0 || fail "vbdd did not start with --persistent-grants"
+  PERSISTENT=1 test_queues "$@"
+  vbdd_stop dom0 && vbdd_start dom0 || fail "vbdd did not start again"
 }
 
 # kib_of FILE: what a file occupies.
