@@ -112,7 +112,7 @@ test_discard() {
     on g1 "echo 3 >/proc/sys/vm/drop_caches; [ \"\$(dd if=/dev/xvdb bs=1M skip=$3 count=8 2>/dev/null | md5sum)\" = \"\$(vbdd-guest pattern $1 $2 | md5sum)\" ]" ||
       fail "a discard changed what lies beside it, at $3 MiB"
   done
-  on g1 "mke2fs -q -F -t ext4 /dev/xvdb && mount -t ext4 /dev/xvdb /mnt && vbdd-guest pattern 4 12000000 >/mnt/a && vbdd-guest pattern 5 4000000 >/mnt/b && sync" ||
+  on g1 "/sbin/mke2fs -q -F -t ext4 /dev/xvdb && mount -t ext4 /dev/xvdb /mnt && vbdd-guest pattern 4 12000000 >/mnt/a && vbdd-guest pattern 5 4000000 >/mnt/b && sync" ||
     fail "a file system"
   full=$(kib_of "$file")
   on g1 "rm /mnt/a && sync && fstrim /mnt" || fail "fstrim in the guest"
@@ -154,7 +154,9 @@ test_reload() {
     hammer_start g1 xvdb 2
     wait_for writes_beyond g1 xvdb 10 || fail "round $n: the hammer does not write"
     hammer_stop g1 xvdb
-    on g1 "rmmod xen-blkfront && modprobe xen-blkfront" || fail "round $n: reloading the module"
+    # The last close of the device may be a moment away.
+    TIMEOUT=30 wait_for on g1 "rmmod xen-blkfront" || fail "round $n: the module is in use: $(on g1 "lsmod | grep blkfront")"
+    on g1 "modprobe xen-blkfront" || fail "round $n: loading the module"
     closed_and_released g1 xvdb "$file"
     gracefully g1 xvdb
     disk g1 xvdb w "$file"
