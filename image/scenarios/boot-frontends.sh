@@ -23,6 +23,5 @@ scenario "2 vCPUs, PV, persistent grants" test_persistent p2 pv 2 1 32
 destroy p2
 scenario "kexec in a PVH guest under I/O" test_kexec pvh
 scenario "kexec in a PV guest under I/O" test_kexec pv
-scenario "a 32-bit guest" test_32_bit
 echo "@tally $PASSED $FAILED"
 [ $FAILED = 0 ]

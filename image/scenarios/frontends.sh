@@ -221,31 +221,6 @@ test_pvh_grub() {
   destroy g5
 }
 
-# A guest with a 32-bit kernel (PVH, as 32-bit PV Linux is no more): its rings have the x86_32 layout.
-test_32_bit() {
-  local file
-  [ -e /domains/vmlinux-i386 ] || skip "no 32-bit kernel could be fetched"
-  KERNEL=/domains/vmlinux-i386 create g6 pvh /domains/guest-i386.cpio 256 "extra='console=hvc0 loglevel=7 earlyprintk=xen'" "hap=${HAP:-0}" || fail "no 32-bit domain: $(tail -1 /run/g6.xl)"
-  start g6 || fail "the 32-bit guest did not boot: $(xl list g6 | tail -1) $(tail -c 300 $LOGS/guest-g6.log | tr -cd ' -~')"
-  on g6 "uname -m" | grep -q "i[3-6]86" || fail "the guest's machine is $(on g6 "uname -m")"
-  file=$(image abi 32)
-  disk g6 xvdb w "$file"
-  [ "$(fe_says g6 xvdb protocol)" = x86_32-abi ] || fail "the guest's protocol is $(fe_says g6 xvdb protocol)"
-  vbdd-guest pattern 64 16777216 >/run/pattern
-  on dom0 "head -c 8388608 /run/pattern | dd of=$file bs=1M conv=notrunc 2>/dev/null"
-  # The guest copies what dom0 wrote to another place, large and small transfers, and dom0 compares.
-  on g6 "dd if=/dev/xvdb of=/dev/xvdb bs=1M count=8 seek=8 iflag=direct oflag=direct 2>/dev/null && dd if=/dev/xvdb of=/dev/xvdb bs=4k count=1024 seek=4096 iflag=direct oflag=direct 2>/dev/null && sync" ||
-    fail "copying in the guest"
-  on dom0 "dd if=$file bs=1M skip=8 count=8 2>/dev/null | cmp - $file -n 8388608" || fail "8 MiB in large transfers differ"
-  on dom0 "dd if=$file bs=1M skip=16 count=4 2>/dev/null | cmp - $file -n 4194304" || fail "4 MiB in small transfers differ"
-  on g6 "mke2fs -q -F /dev/xvdb 2>/dev/null && mount -t ext4 /dev/xvdb /mnt && dd if=/dev/urandom of=/mnt/a bs=64k count=64 2>/dev/null && cp /mnt/a /mnt/b && umount /mnt && mount -t ext4 /dev/xvdb /mnt && cmp /mnt/a /mnt/b && umount /mnt" ||
-    fail "a file system in the 32-bit guest"
-  tell "a $(on g6 "uname -m") guest: protocol $(fe_says g6 xvdb protocol), $(be_says g6 xvdb sectors) sectors"
-  quiet g6
-  gracefully g6 xvdb
-  destroy g6
-}
-
 # xl in dom0 with vbdd in dom0: kind vbd with a script of our own, which libxl runs instead of "block".
 test_block_vbdd() {
   local file
