@@ -10,8 +10,8 @@ mod world;
 use std::time::Duration;
 
 use ::xenstore::{Access, Permission};
-use hostile_support::puppet::{DATA_FRAMES, DOMAIN, Puppet};
 use host::Host;
+use hostile_support::puppet::{DATA_FRAMES, DOMAIN, Puppet};
 use rings::request::operation::{BARRIER, DISCARD, FLUSH, INDIRECT, READ, WRITE};
 use rings::{Abi, Segment};
 use vbdd::storage::Storage as _;
@@ -152,7 +152,10 @@ fn sectors_that_wrap_and_discards_of_everything() {
                     puppet.front.write_discard(1, sector, count, flag);
                     let status = puppet.answers(&mut host, 1)[0].status;
                     let fits = sector.checked_add(count).is_some_and(|end| end <= 64) && count > 0;
-                    assert!(status < 0 || (fits && flag == 0), "{count} from {sector}, flag {flag}: {status}");
+                    assert!(
+                        status < 0 || (fits && flag == 0),
+                        "{count} from {sector}, flag {flag}: {status}"
+                    );
                 }
             }
         }
@@ -392,9 +395,8 @@ fn a_directory_that_is_hidden_and_shown_again() {
     for access in [Access::None, Access::Write] {
         let (mut host, mut puppet) = puppet(Abi::X86_64);
         let fe = Host::fe(DOMAIN);
-        let list = |access| {
-            [Permission { domain: DOMAIN, access: Access::None }, Permission { domain: 3, access }]
-        };
+        let list =
+            |access| [Permission { domain: DOMAIN, access: Access::None }, Permission { domain: 3, access }];
         for name in ["", "/state", "/ring-ref", "/event-channel"] {
             let path = format!("{fe}{name}");
             host.store.set_permissions(DOMAIN, &path, &list(access)).unwrap();

@@ -134,7 +134,9 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         let Some(queue) = self.queues.get(id as usize).and_then(Option::as_ref) else { return };
         let count = queue.segments(place);
         let batch = self.scratch.copies.of(direction, count);
-        batch.push(id, place, |segments| queue.copies(place, direction, (&self.rows, self.storage.buffers()), segments));
+        batch.push(id, place, |segments| {
+            queue.copies(place, direction, (&self.rows, self.storage.buffers()), segments)
+        });
     }
 
     /// Has the descriptors of an indirect request copied in the next batch of them.

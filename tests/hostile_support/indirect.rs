@@ -57,7 +57,8 @@ impl Play {
         let shared = Shared::new(1);
         shared.preempt.set(false);
         let mut backend = Backend::new(&shared, 2 << 20);
-        backend.offers = Offers { indirect_segments: 256, barrier: setting & 8 != 0, discard: setting & 16 != 0 };
+        backend.offers =
+            Offers { indirect_segments: 256, barrier: setting & 8 != 0, discard: setting & 16 != 0 };
         let abi = [Abi::X86_64, Abi::X86_32, Abi::Arm, Abi::X86_64][usize::from(setting % 4)];
         let guest = Puppet::new(&shared, DOMAIN, abi, 1);
         let neighbour = Puppet::new(&shared, NEIGHBOUR, Abi::X86_64, 1);
@@ -163,9 +164,8 @@ impl Play {
             self.guest.front.write_discard(id, sector, u64::from(bytes.byte()), op >> 7);
         } else {
             let count = bytes.byte() % 13;
-            let segments: Vec<Segment> = (0..count)
-                .map(|_| Segment { grant: self.grant(bytes.byte()), first: 0, last: 7 })
-                .collect();
+            let segments: Vec<Segment> =
+                (0..count).map(|_| Segment { grant: self.grant(bytes.byte()), first: 0, last: 7 }).collect();
             self.guest.front.write(op % 4, id, sector, &segments, count);
         }
         self.published();
@@ -261,7 +261,10 @@ impl Play {
             .collect();
         let media = self.shared.media.borrow();
         for sector in 0..SECTORS as usize {
-            assert!(!foreign.contains(media.visible(0, sector).as_slice()), "foreign data in sector {sector}");
+            assert!(
+                !foreign.contains(media.visible(0, sector).as_slice()),
+                "foreign data in sector {sector}"
+            );
         }
         for frame in 1..=DATA_FRAMES {
             for part in 0..8 {
