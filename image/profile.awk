@@ -87,6 +87,9 @@ BEGIN {
   for (i = split("shmem_file_read_iter shmem_getpage_gfp shmem_get_folio_gfp shmem_write_begin ep_poll do_epoll_wait __x64_sys_ioctl kthread_should_stop xen_irq_lateeoi", word, " "); i; i--)
     if (("dom0", word[i]) in entry) dom0s[entry["dom0", word[i]]] = 1
   last = "dom0"
+  # Without do_iret: it is how a PV kernel returns to a program, part of every system call and interrupt.
+  for (i = split("grant_table_op event_channel_op sched_op mmu_update mmuext_op update_va_mapping multicall stack_switch set_segment_base fpu_taskswitch vcpu_op set_timer_op physdev_op update_descriptor memory_op", word, " "); i; i--)
+    hypercall["do_" word[i]] = 1
 }
 
 {
@@ -104,12 +107,23 @@ END {
     split(key, part, SUBSEP)
     area = part[1] " " space(part[2])
     areas[area] += total[key]
-    functions[area "|" function_of(part[1], part[2])] += total[key]
+    called = function_of(part[1], part[2])
+    functions[area "|" called] += total[key]
     all += total[key]
+    if (area == "dom0 kernel" && called ~ /^__x64_sys_/ && entry["dom0", called] == part[2]) {
+      syscalls += total[key]
+      syscall_list = syscall_list sprintf(" %s %.3f", substr(called, 11), total[key] / requests)
+    }
+    if (area == "dom0 xen" && called ~ /^do_/ && (called in hypercall) && entry["xen", called] == part[2]) {
+      hypercalls += total[key]
+      hypercall_list = hypercall_list sprintf(" %s %.3f", substr(called, 4), total[key] / requests)
+    }
   }
   printf "\n%s: %d requests, %d instructions a request\n", name, requests, all / requests
   for (area in areas) printf "%8d  %s\n", areas[area] / requests, area | "sort -rn"
   close("sort -rn")
+  printf "  dom0, system calls a request: %.3f (%s)\n", syscalls / requests, substr(syscall_list, 2)
+  printf "  dom0, hypercalls a request: %.3f (%s)\n", hypercalls / requests, substr(hypercall_list, 2)
   for (i = split("guest user,guest kernel,guest xen,dom0 xen,dom0 kernel,dom0 user", order, ","); i; i--) {
     area = order[i]
     if (!areas[area]) continue

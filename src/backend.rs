@@ -122,6 +122,9 @@ pub struct Backend<H, S> {
     crowded: Vec<Address>,
     /// Directories whose listing did: at most one for each guest and kind.
     unlisted: Vec<Purpose>,
+    /// No timer of a device is due before this: the loop passes here with every batch of requests, and must not look at
+    /// every device. May be too early, as timers are cancelled.
+    timers_due: Option<Duration>,
     /// When the sizes of the images were looked at.
     sizes_at: Duration,
     stopping: bool,
@@ -151,6 +154,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
             pending: VecDeque::new(),
             crowded: Vec::new(),
             unlisted: Vec::new(),
+            timers_due: None,
             sizes_at: now,
             stopping: false,
         }
@@ -200,13 +204,19 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
     /// When [`Backend::turn`] is due though nothing happens.
     #[must_use]
     pub fn deadline(&self) -> Option<Duration> {
-        let timers =
-            self.devices.values().flat_map(|device| device.timers.values().copied().chain(device.read_at));
-        timers.chain(self.pump.deadline()).min()
+        self.timers_due.into_iter().chain(self.pump.deadline()).min()
+    }
+
+    /// Something of a device is due at `at`.
+    fn due_at(&mut self, at: Duration) {
+        self.timers_due = Some(self.timers_due.map_or(at, |due| due.min(at)));
     }
 
     fn fire_timers(&mut self) {
         let now = self.now;
+        if self.timers_due.is_none_or(|due| due > now) {
+            return;
+        }
         for (address, device) in &mut self.devices {
             if device.timers.is_empty() && device.read_at.is_none() {
                 continue;
@@ -222,6 +232,9 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
                 self.crowded.push(*address);
             }
         }
+        let left =
+            self.devices.values().flat_map(|device| device.timers.values().copied().chain(device.read_at));
+        self.timers_due = left.min();
     }
 
     /// Takes an event of xenstore that somebody else has fetched.
@@ -416,6 +429,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
         let Some(device) = self.devices.get_mut(&address) else { return };
         if let Err(at) = device.reads.take(now, WORLD_READS_BURST, WORLD_READ_INTERVAL) {
             device.read_at = Some(at);
+            self.due_at(at);
             return;
         }
         let own = self.options.vbd.own_domain;

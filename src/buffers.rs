@@ -37,6 +37,17 @@ impl Span {
     /// The span without bytes.
     pub const EMPTY: Span = Span { address: std::ptr::null_mut(), length_bytes: 0 };
 
+    /// A span that lies in no arena: bytes that only the kernel touches, such as a mapped file's.
+    ///
+    /// # Safety
+    /// `length_bytes` from `address` on belong to one mapping, which stays as long as the span is used; and it is only
+    /// named to the kernel, or to a [`Pool`], which refuses it. Whoever touches it with loads and stores needs reasons of
+    /// his own why that is sound.
+    #[must_use]
+    pub unsafe fn foreign(address: *mut u8, length_bytes: u32) -> Span {
+        Span { address, length_bytes }
+    }
+
     /// First byte.
     #[must_use]
     pub fn address(&self) -> *mut u8 {

@@ -44,6 +44,20 @@ pub const EVENT_DELAY_MAX: Duration = Duration::from_millis(128);
 /// of 1 MiB; when the disks of `k` guests hang, 64 MiB / (k + 1) stay for the others, 1.3 MiB beside 46 of them.
 pub const DATA_MEMORY_BYTES: usize = 64 << 20;
 
+/// Pages of one queue that stay mapped: what a Linux frontend keeps for a ring of 32 requests of 32 pages and some more.
+/// 100 bytes of books each.
+pub const GRANTS_PER_QUEUE_MAX: usize = 1056;
+
+/// Pages of all guests that stay mapped: each is a mapping of its own, of which Linux allows a process 65 530.
+pub const GRANTS_MAX: usize = 16_384;
+
+/// Chunks of 2 MiB of files in memory that are mapped at once, all files together: 1 GiB, in 512 pages of page table
+/// (2 MiB) with 88 bytes of books each (44 KiB). What is beyond is read and written by calls.
+pub const MAPPED_CHUNKS_MAX: usize = 512;
+
+/// The largest file in memory that is mapped, in bytes: two bytes of books for each chunk, 64 KiB.
+pub const MAPPED_FILE_BYTES_MAX: u64 = 64 << 30;
+
 /// How long the first in line for memory keeps others from passing, before what it waits for counts as hung.
 pub const STARVED_PATIENCE: Duration = Duration::from_secs(2);
 

@@ -8,6 +8,7 @@
 mod copies;
 mod ends;
 mod fair;
+mod mapped;
 mod memory;
 mod stages;
 mod turn;
@@ -183,6 +184,9 @@ pub struct Pump<H, S> {
     now: Duration,
     events: VecDeque<PumpEvent>,
     scratch: stages::Scratch,
+    pages_mapped: usize,
+    /// Inside [`Pump::turn`].
+    turning: bool,
 }
 
 impl<H: Hypervisor, S: Storage> Pump<H, S> {
@@ -209,6 +213,8 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             now: Duration::ZERO,
             events: VecDeque::new(),
             scratch: stages::Scratch::default(),
+            pages_mapped: 0,
+            turning: false,
         }
     }
 

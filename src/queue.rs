@@ -10,6 +10,7 @@ use rings::{Abi, BackRing, Operation, Overrun, Request, SECTOR_BYTES, Segments, 
 
 use crate::buffers::Pool;
 use crate::disk::Epoch;
+use crate::grants::Grants;
 use crate::hypervisor::{CopyDirection, CopySegment, DomainId, Port, RingMapping};
 use crate::journal::{Journal, Owed};
 use crate::limits::{EVENT_DELAY_MAX, EVENT_DELAY_MIN, IDLE_EVENTS_FREE};
@@ -31,6 +32,10 @@ pub(crate) enum Stage {
     Storage,
     /// A flush or barrier whose data, if it has any, is written waits for its `fdatasync`.
     Flush,
+    /// With the storage, which moves the data to or from the guest's own pages.
+    Mapped,
+    /// To be copied between the guest's pages and the file's own in this round.
+    Direct,
 }
 
 /// A request between being taken and being answered.
@@ -41,7 +46,7 @@ pub(crate) struct InFlight {
     pub(crate) stage: Stage,
     pub(crate) epoch: Option<Epoch>,
     /// Transfers that storage has not answered.
-    pub(crate) transfers: u8,
+    pub(crate) transfers: u16,
     /// The first error that one of them met.
     pub(crate) error: Option<StorageError>,
 }
@@ -105,6 +110,8 @@ pub struct Counters {
     pub storage_errors: u64,
     /// Requests answered with an error or as unsupported because of what the guest sent.
     pub refused: u64,
+    /// Requests answered whose data went straight between the guest's pages and the file's.
+    pub direct: u64,
     /// Events that came in.
     pub events: u64,
     /// Events sent to the guest.
@@ -127,6 +134,7 @@ impl Counters {
             discarded_bytes: a.discarded_bytes + b.discarded_bytes,
             storage_errors: a.storage_errors + b.storage_errors,
             refused: a.refused + b.refused,
+            direct: a.direct + b.direct,
             events: a.events + b.events,
             notifications: a.notifications + b.notifications,
         })
@@ -189,6 +197,8 @@ pub struct Queue {
     /// Where its transfers wait for their device.
     pub(crate) flow: u32,
     pub(crate) port: Port,
+    /// Its pages that stay mapped, where both sides have agreed on that.
+    pub(crate) grants: Option<Grants>,
     /// Gone when the guest is gone and only storage keeps the queue alive.
     pub(crate) ring: Option<BackRing>,
     pub(crate) mapping: Option<RingMapping>,
@@ -236,6 +246,7 @@ impl Queue {
             guest,
             flow: u32::MAX,
             port,
+            grants: None,
             ring: Some(ring),
             mapping: Some(mapping),
             intake: Intake::Open,

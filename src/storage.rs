@@ -15,6 +15,7 @@ mod discards;
 mod files;
 mod hazards;
 mod legs;
+mod maps;
 mod medium;
 mod merge;
 mod requests;
@@ -201,6 +202,26 @@ pub trait Storage {
 
     /// The memory that transfers may name.
     fn buffers(&mut self) -> &mut Pool;
+
+    /// Where the bytes of a file are that lives in memory, for a grant copy that goes straight there: no transfer, and no
+    /// copy of ours. Only until the second [`Storage::submit`] from now, and only to be named to the hypervisor, whose copy
+    /// fails as a whole if the pages cannot be had any more. `None` where the bytes must go through [`Storage::queue`]: in
+    /// most cases.
+    fn direct(&mut self, file: FileId, kind: IoKind, offset_bytes: u64, length_bytes: u32) -> Option<Span> {
+        let _ = (file, kind, offset_bytes, length_bytes);
+        None
+    }
+
+    /// Whether transfers of this file may name memory that is not of [`Storage::buffers`]: pages of a guest.
+    fn takes_pages(&mut self, file: FileId) -> bool {
+        let _ = file;
+        false
+    }
+
+    /// A copy to or from what [`Storage::direct`] had named failed as a whole: the file is not what it was.
+    fn not_direct(&mut self, file: FileId) {
+        let _ = file;
+    }
 
     /// Queues a transfer; nothing need start before [`Storage::submit`]. Its `Done` may be there at once, without any
     /// descriptor becoming readable: take [`Storage::done`] until it is empty before waiting.

@@ -376,7 +376,7 @@ impl Vbd {
             return;
         }
         let fired = match timer {
-            Timer::Linger => Alarm::Fired,
+            Timer::Linger | Timer::LingerForScript => Alarm::Fired,
             Timer::SettleForScript | Timer::Settle | Timer::Retry | Timer::Republish => Alarm::Off,
         };
         self.alarms[timer as usize] = fired;

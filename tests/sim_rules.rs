@@ -463,7 +463,7 @@ fn discards_are_refused_where_they_must_be() {
     let offers = Offers { discard: true, ..Offers::NONE };
     for abi in ABIS {
         let mut guest = Puppet::of(abi, false, SECTORS, offers);
-        let mut ask = |guest: &mut Puppet, sector, count, flag| {
+        let ask = |guest: &mut Puppet, sector, count, flag| {
             guest.front.write_discard(0xABCD, sector, count, flag);
             guest.run();
             guest.answer(DISCARD)

@@ -180,7 +180,7 @@ impl Ledger {
     /// again would put the sync off for ever.
     fn may_write_more(&self) -> bool {
         let written = self.written.len();
-        written == 0 || (written % BATCH_PAGES == 0 && written < BATCHES_MAX * BATCH_PAGES)
+        written == 0 || (written.is_multiple_of(BATCH_PAGES) && written < BATCHES_MAX * BATCH_PAGES)
     }
 
     /// Copies that were written before and not yet synced stay in front.
@@ -206,6 +206,9 @@ impl Ledger {
         self.writes_in_flight = self.writes_in_flight.saturating_sub(1);
         pages.unpin(page);
         if result.is_ok() {
+            if self.planted.no_sync_after_pages && self.writes_in_flight == 0 {
+                self.find_durable(pages);
+            }
             return;
         }
         let Some(at) = self.written.iter().rposition(|copy| copy.page == page) else { return };
@@ -231,7 +234,8 @@ impl Ledger {
 
     fn find_durable(&mut self, pages: &Pages) {
         let dirty = self.dirty.iter().filter_map(|&page| pages.first_change(page, self.disk));
-        let kept = self.staged.iter().chain(&self.written).map(|copy| copy.first);
+        let written = if self.planted.no_sync_after_pages { &[] } else { self.written.as_slice() };
+        let kept = self.staged.iter().chain(written).map(|copy| copy.first);
         let oldest = dirty.chain(kept).min();
         self.durable = oldest.map_or(self.changes, |stamp| stamp.0.saturating_sub(1));
     }

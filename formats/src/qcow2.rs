@@ -5,8 +5,11 @@
 //! durable entry names it and no request that could have seen one is left.
 
 pub mod header;
+pub mod map;
+pub mod resize;
 pub mod shape;
 
+pub mod check;
 pub mod create;
 
 mod entries;
@@ -16,6 +19,7 @@ mod refcounts;
 mod space;
 mod tables;
 mod unpack;
+mod walk;
 mod write;
 
 use alloc::vec::Vec;
@@ -50,8 +54,8 @@ pub struct Planted {
     pub no_reftable_barrier: bool,
     /// A refcount table entry does not wait for its block.
     pub no_block_barrier: bool,
-    /// The dirty bit is not waited for.
-    pub no_dirty_barrier: bool,
+    /// The dirty bit is not set.
+    pub no_dirty_bit: bool,
     /// The dirty bit is cleared before refcounts are durable.
     pub no_clean_barrier: bool,
     /// A discarded cluster becomes unallocated although there is a parent.
@@ -94,11 +98,11 @@ impl Qcow2 {
 
     /// Notes a contradiction, if that is what the answer says.
     fn found(&mut self, wait: Wait) -> Wait {
-        if let Wait::Failed(Failure::Corrupt(corruption)) = wait {
-            if self.corruption.is_none() {
-                self.corruption = Some(corruption);
-                self.marks.mark_corrupt();
-            }
+        if let Wait::Failed(Failure::Corrupt(corruption)) = wait
+            && self.corruption.is_none()
+        {
+            self.corruption = Some(corruption);
+            self.marks.mark_corrupt();
         }
         wait
     }

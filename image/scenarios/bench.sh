@@ -6,18 +6,19 @@
 bench_up
 
 measure() {
-  local flavour=$1 shape=$2 depth=$3 seed=$4 line
-  line=$(on guest "sleep 2; vbdd-guest load /dev/$(disk_of "$flavour") $shape $depth $REQUESTS $seed") || failed "$flavour $shape $depth: $line"
+  local flavour=$1 shape=$2 depth=$3 seed=$4 line requests
+  case $shape in rand*) requests=$REQUESTS ;; *) requests=$((REQUESTS / 6)) ;; esac
+  line=$(on guest "sleep 2; vbdd-guest load /dev/$(disk_of "$flavour") $shape $depth $requests $seed") || failed "$flavour $shape $depth: $line"
   data "point $flavour $shape $depth $line"
 }
 
 # One round that does not count: page tables, caches, grants that stay.
-for flavour in $FLAVOURS; do for shape in randread randwrite; do measure "$flavour" "$shape" 32 0 >/dev/null; done; done
+for flavour in $FLAVOURS; do for shape in $SHAPES; do measure "$flavour" "$shape" 32 0 >/dev/null; done; done
 story "warm"
 repeat=0
 while [ $repeat -lt "$REPEATS" ]; do
   repeat=$((repeat + 1))
-  for shape in randread randwrite; do
+  for shape in $SHAPES; do
     for depth in 1 32; do
       for flavour in $FLAVOURS; do measure "$flavour" "$shape" "$depth" "$repeat"; done
     done
@@ -29,7 +30,7 @@ case " $FLAVOURS " in *" vbdd3 "*) ;; *) exit 0 ;; esac
 POLL=1
 LOOK_MS=500
 pid=$(cat /run/vbdd.pid)
-for letter in e f g h i j k; do
+for letter in f g h i j k l; do
   truncate -s 8M "/srv/images/idle-$letter.img"
   plug guest "xvd$letter" vbdd3 dom0 w "/srv/images/idle-$letter.img" || failed "attaching"
   connected guest "xvd$letter" || failed "connecting"

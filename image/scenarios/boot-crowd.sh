@@ -7,7 +7,6 @@ DOMAIN=dom0
 CROWD_MEMORY=96
 
 storage_up dom0 && backend_up "$FLAVOUR" dom0 || { echo "@fail crowd: the backend did not start"; exit 1; }
-scenario "5 guests with 4 disks each" test_crowd 5 4
-scenario "${CROWD:-50} guests with 4 disks each" test_crowd "${CROWD:-50}" 4
+scenario "${CROWD%x*} guests with ${CROWD#*x} disks each" test_crowd "${CROWD%x*}" "${CROWD#*x}"
 echo "@tally $PASSED $FAILED"
 [ $FAILED = 0 ]

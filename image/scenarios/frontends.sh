@@ -81,27 +81,33 @@ kib_of() { on "$DOMAIN" "sync; du -k $1" | cut -f1; }
 
 # Discards of the guest give the image's space back: of a range, by trimming a file system, of the whole disk.
 test_discard() {
-  local file full
+  local file part full half trimmed
   have_guest g1
   file=$(image discard 32)
   disk g1 xvdb w "$file"
-  [ "$(be_says g1 xvdb feature-discard)" = 1 ] || skip "no discards are offered"
-  on g1 "vbdd-guest pattern 3 33554432 | dd of=/dev/xvdb bs=1M iflag=fullblock conv=fsync 2>/dev/null" || fail "filling the disk"
+  [ "$(be_says g1 xvdb feature-discard)" = 1 ] || fail "no discards are offered"
+  for part in "3 8388608 0" "4 16777216 8" "5 8388608 24"; do
+    set -- $part
+    on g1 "vbdd-guest pattern $1 $2 | dd of=/dev/xvdb bs=1M iflag=fullblock seek=$3 conv=fsync 2>/dev/null" || fail "filling the disk"
+  done
   full=$(kib_of "$file")
   [ "$full" -ge 32768 ] || fail "a full image occupies $full KiB: this test sees nothing"
   on g1 "blkdiscard -o 8388608 -l 16777216 /dev/xvdb" || fail "blkdiscard in the guest"
   half=$(kib_of "$file")
   [ "$half" -le 16900 ] || fail "after discarding 16 MiB of 32 the image occupies $half KiB"
   # What was not discarded is what it was.
-  on g1 "vbdd-guest pattern 3 33554432 >/tmp/p; echo 3 >/proc/sys/vm/drop_caches; head -c 8388608 /dev/xvdb | cmp -n 8388608 - /tmp/p && dd if=/dev/xvdb bs=1M skip=24 2>/dev/null >/tmp/q && dd if=/tmp/p bs=1M skip=24 2>/dev/null | cmp - /tmp/q" ||
-    fail "a discard changed its neighbours"
+  for part in "3 8388608 0" "5 8388608 24"; do
+    set -- $part
+    on g1 "echo 3 >/proc/sys/vm/drop_caches; [ \"\$(dd if=/dev/xvdb bs=1M skip=$3 count=8 2>/dev/null | md5sum)\" = \"\$(vbdd-guest pattern $1 $2 | md5sum)\" ]" ||
+      fail "a discard changed what lies beside it, at $3 MiB"
+  done
   on g1 "mke2fs -q -F -t ext4 /dev/xvdb && mount -t ext4 /dev/xvdb /mnt && vbdd-guest pattern 4 12000000 >/mnt/a && vbdd-guest pattern 5 4000000 >/mnt/b && sync" ||
     fail "a file system"
   full=$(kib_of "$file")
   on g1 "rm /mnt/a && sync && fstrim /mnt" || fail "fstrim in the guest"
   trimmed=$(kib_of "$file")
   [ "$trimmed" -le $((full - 11000)) ] || fail "fstrim after removing 12 MB: $full KiB before, $trimmed KiB after"
-  on g1 "vbdd-guest pattern 5 4000000 >/tmp/p; umount /mnt && mount -t ext4 /dev/xvdb /mnt && cmp /mnt/b /tmp/p && umount /mnt && rm /tmp/p /tmp/q" || fail "fstrim hurt another file"
+  on g1 "umount /mnt && mount -t ext4 /dev/xvdb /mnt && vbdd-guest pattern 5 4000000 | cmp - /mnt/b && umount /mnt" || fail "fstrim hurt another file"
   on g1 "blkdiscard /dev/xvdb" || fail "blkdiscard of the whole disk"
   [ "$(kib_of "$file")" -le 64 ] || fail "after discarding everything the image occupies $(kib_of "$file") KiB"
   tell "image of 32 MiB: full, then 16 MiB discarded: $half KiB; ext4 with 16 MB: $full KiB, a file removed and fstrim: $trimmed KiB; all discarded: $(kib_of "$file") KiB"
@@ -109,38 +115,42 @@ test_discard() {
   gracefully g1 xvdb
 }
 
-# The driver unbound from its disk under I/O, then bound; then the module unloaded and loaded with the disk attached.
+# closed_and_released GUEST DISK FILE: after its frontend has gone, vbdd holds nothing of the disk.
+closed_and_released() {
+  wait_for state_is "$(be_of "$1" "$2")" 6 || fail "the backend is in state $(be_says "$1" "$2" state) after the driver has gone"
+  wait_for on dom0 "! ls -l /proc/\$(pidof vbdd)/fd | grep -q $3" || fail "vbdd keeps $3 open after the driver has gone"
+}
+
+# test_reload TIMES: the driver unbound from its disk under I/O, then the module unloaded and loaded. Linux' blkfront leaves its nodes in
+# state 6 and never takes such a device back, whatever the backend: the toolstack has to attach it anew.
 test_reload() {
-  local n=0 bus
+  local n=0 file
   have_guest g1
-  disk g1 xvdb w "$(image reload 32)"
-  bus=vbd-$(devid xvdb)
+  file=$(image reload 32)
+  disk g1 xvdb w "$file"
   on g1 "vbdd-guest pattern 31 1048576 | dd of=/dev/xvdb bs=64k seek=256 2>/dev/null && sync" || fail "writing the pattern"
   while [ $n -lt "$1" ]; do
     n=$((n + 1))
     hammer_start g1 xvdb 4
     wait_for writes_beyond g1 xvdb 20 || fail "round $n: the hammer does not write"
-    on g1 "echo $bus >/sys/bus/xen/drivers/vbd/unbind" || fail "round $n: unbinding"
+    on g1 "echo vbd-$(devid xvdb) >/sys/bus/xen/drivers/vbd/unbind" || fail "round $n: unbinding"
     # Its disk is gone: the hammer ends with errors, and must not hang, nor have read anything wrong.
     wait_for hammer_ended g1 xvdb || fail "round $n: I/O on an unbound disk hangs"
     on g1 "grep -h 'wrong byte' /tmp/hammer.xvdb.*" && fail "round $n: wrong data"
-    on g1 "echo $bus >/sys/bus/xen/drivers/vbd/bind" || fail "round $n: binding"
-    connected g1 xvdb || fail "round $n: no connection after binding"
-    wait_for on g1 "test -b /dev/xvdb" || fail "round $n: no /dev/xvdb after binding"
-    # With I/O until the moment before.
+    closed_and_released g1 xvdb "$file"
+    gracefully g1 xvdb
+    disk g1 xvdb w "$file"
     hammer_start g1 xvdb 2
-    wait_for writes_beyond g1 xvdb 20 || fail "round $n: the hammer does not write"
+    wait_for writes_beyond g1 xvdb 10 || fail "round $n: the hammer does not write"
     hammer_stop g1 xvdb
     on g1 "rmmod xen-blkfront && modprobe xen-blkfront" || fail "round $n: reloading the module"
-    connected g1 xvdb || fail "round $n: no connection after reloading"
-    wait_for on g1 "test -b /dev/xvdb" || fail "round $n: no /dev/xvdb after reloading"
+    closed_and_released g1 xvdb "$file"
+    gracefully g1 xvdb
+    disk g1 xvdb w "$file"
     on g1 "vbdd-guest pattern 31 1048576 >/tmp/p; dd if=/dev/xvdb bs=64k skip=256 count=16 2>/dev/null | cmp - /tmp/p" ||
       fail "round $n: flushed data is gone"
   done
-  hammer_start g1 xvdb 4
-  sleep 1
-  hammer_stop g1 xvdb
-  tell "$n times unbound under I/O, bound, module unloaded and loaded: flushed data is there"
+  tell "$n times unbound under I/O and attached anew, module unloaded and loaded: flushed data is there"
   gracefully g1 xvdb
 }
 
@@ -202,8 +212,8 @@ test_pvh_grub() {
 test_32_bit() {
   local file
   [ -e /domains/vmlinux-i386 ] || skip "no 32-bit kernel could be fetched"
-  KERNEL=/domains/vmlinux-i386 create g6 pvh /domains/guest-i386.cpio 256 "extra='console=hvc0 loglevel=1'" || fail "no 32-bit domain: $(tail -1 /run/g6.xl)"
-  start g6 || fail "the 32-bit guest did not boot"
+  KERNEL=/domains/vmlinux-i386 create g6 pvh /domains/guest-i386.cpio 256 "extra='console=hvc0 loglevel=7 earlyprintk=xen'" "hap=${HAP:-0}" || fail "no 32-bit domain: $(tail -1 /run/g6.xl)"
+  start g6 || fail "the 32-bit guest did not boot: $(xl list g6 | tail -1) $(tail -c 300 $LOGS/guest-g6.log | tr -cd ' -~')"
   on g6 "uname -m" | grep -q "i[3-6]86" || fail "the guest's machine is $(on g6 "uname -m")"
   file=$(image abi 32)
   disk g6 xvdb w "$file"
@@ -238,7 +248,9 @@ test_block_vbdd() {
   xl block-attach x2 "vdev=xvdb,access=w,backendtype=phy,script=block-vbdd,target=$IMAGES/t-none" >/run/xl.out 2>&1 && fail "xl attached an image that does not exist"
   grep -q "no such file" /run/xl.out || fail "xl does not say why: $(tail -3 /run/xl.out | tr '\n' ' ')"
   tell "xl block-attach of a missing image: $(grep "no such file" /run/xl.out | head -1 | cut -c1-160)"
-  absent "$(back vbd dom0 x2 xvdb)" || fail "a failed attach left its directory"
+  # libxl leaves the nodes of an attach that failed; block-detach takes them away.
+  absent "$(back vbd dom0 x2 xvdb)" || xl block-detach x2 xvdb >/run/xl.out 2>&1
+  wait_for absent "$(back vbd dom0 x2 xvdb)" || fail "a failed attach cannot be detached: $(tail -2 /run/xl.out | tr '\n' ' ')"
   file=$(image xl2 16)
   xl block-attach x2 "vdev=xvdb,access=w,backendtype=phy,script=block-vbdd,target=$file" >/run/xl.out 2>&1 || fail "xl block-attach: $(tail -2 /run/xl.out | tr '\n' ' ')"
   echo "vbdd dom0 $file" >/run/plug.x2.xvdb
@@ -249,7 +261,7 @@ test_block_vbdd() {
   rm -f /run/plug.x2.*
   # xl forgets what it cannot do: in Xen 4.17 no blktap is known; from 4.20 on this line attaches as vbd3.
   xl block-attach x2 "vdev=xvdc,access=w,backendtype=tap,format=raw,script=block-vbdd,target=$file" >/run/xl.out 2>&1
-  tell "xl $(xl info 2>/dev/null | awk '/^xen_version/ { print $3 }'), backendtype=tap: $(tail -1 /run/xl.out | cut -c1-150)"
+  tell "xl $(xl info 2>/dev/null | awk '/^xen_version/ { print $3 }'), backendtype=tap: $(grep -m1 -iE "error.*(tap|backend)" /run/xl.out || head -1 /run/xl.out)"
   quiet x2
   xl destroy x2
   wait_for no_zombie || fail "a zombie stays"
@@ -283,3 +295,26 @@ test_kexec() {
 }
 booted_again() { [ "$(grep -c "agent ready" "$LOGS/guest-$1.log")" -gt "$2" ]; }
 flushed_by_guest() { on "$1" "vbdd-guest pattern 12 1048576 | dd of=/dev/xvdc bs=64k seek=64 2>/dev/null && sync"; }
+
+guest_sectors_are() { [ "$(on "$1" "cat /sys/block/$2/size")" = "$3" ]; }
+
+# An image grown under a mounted file system and I/O: the guest sees the new size without an unplug, and can use it.
+test_resize() {
+  local file
+  have_guest g1
+  file=$(image resize 16)
+  disk g1 xvdb w "$file"
+  guest_sectors_are g1 xvdb 32768 || fail "a disk of 16 MiB has $(on g1 "cat /sys/block/xvdb/size") sectors"
+  on g1 "dmesg -n 1; dmesg -c >/dev/null"
+  verify_start g1 xvdb
+  wait_for writes_beyond g1 xvdb 50 || fail "the verifier does not write"
+  on dom0 "truncate -s 48M $file && vbdd resize vbd/$(domid g1)/$(devid xvdb)" || fail "vbdd resize"
+  wait_for guest_sectors_are g1 xvdb 98304 || fail "the guest still sees $(on g1 "cat /sys/block/xvdb/size") sectors"
+  state_is "$(front g1 xvdb)" 4 || fail "the frontend is in state $(fe_says g1 xvdb state)"
+  on g1 "vbdd-guest pattern 21 16777216 | dd of=/dev/xvdb bs=1M seek=32 iflag=fullblock conv=fsync 2>/dev/null" || fail "writing where the disk has grown"
+  on dom0 "vbdd-guest pattern 21 16777216 >/run/pattern; tail -c 16777216 $file | cmp - /run/pattern" || fail "the new part of the image is not what the guest wrote"
+  verify_stop g1 xvdb
+  tell "grown from 16 to 48 MiB under I/O; the guest: $(on g1 "dmesg | grep -i capacity | tail -1")"
+  quiet g1
+  gracefully g1 xvdb
+}

@@ -117,19 +117,20 @@ gracefully() { unplug "$1" "$2" || fail "unplugging $2 of $1"; }
 # xen_section KEY: what Xen prints for a debug key.
 xen_section() { xl dmesg -c >/dev/null; xl debug-keys "$1"; sleep 0.3; xl dmesg; }
 
-# ports_to BACKEND_ID GUEST_ID: interdomain event channels that the backend's domain holds to that guest (s=3 is
-# "interdomain"; d is the domain at the other end).
-ports_to() {
+# port_lines BACKEND_ID GUEST_ID: Xen's lines about interdomain event channels that the backend's domain holds to that guest
+# (s=3 is "interdomain"; d is the domain at the other end). ports_to counts them.
+port_lines() {
   xen_section e | awk -v own="domain $1:" -v far="d=$2" '
     /Event channel information/ { inside = index($0, own) > 0 }
-    inside && / s=3 / { for (i = 1; i <= NF; i++) if ($i == far) count++ }
-    END { print count + 0 }'
+    inside && / s=3 / { for (i = 1; i <= NF; i++) if ($i == far) print }'
 }
+ports_to() { port_lines "$@" | wc -l; }
 
-# grants_of GUEST_ID BACKEND_ID: entries of the guest's grant table that the backend's domain has in use.
-grants_of() {
+# grant_lines GUEST_ID BACKEND_ID: Xen's lines about entries of the guest's grant table that the backend's domain has in
+# use. grants_of counts them.
+grant_lines() {
   xen_section g | awk -v own="d$1" -v by="$2" '
     /grant-table for/ { inside = 0; for (i = 1; i <= NF; i++) if ($i == own) inside = 1 }
-    inside && /\[0x/ { line = $0; sub(/.*\] */, "", line); split(line, word, " "); if (word[1] == by) count++ }
-    END { print count + 0 }'
+    inside && /\[0x/ { line = $0; sub(/.*\] */, "", line); split(line, word, " "); if (word[1] == by) print }'
 }
+grants_of() { grant_lines "$@" | wc -l; }

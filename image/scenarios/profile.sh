@@ -13,12 +13,12 @@ LOOK_MS=200
 for flavour in $FLAVOURS; do
   for point in $POINTS; do
     # One to two seconds, within which the host opens its window.
-    requests=20000
-    [ "${point#*:}" = 1 ] || requests=60000
+    requests=10000
+    [ "${point#*:}" = 1 ] || requests=30000
     on guest "(sleep 1; vbdd-guest load /dev/$(disk_of "$flavour") ${point%:*} ${point#*:} $requests 7) >/dev/null 2>&1 &"
     doze 1
     data "window $flavour.${point%:*}.${point#*:}"
-    doze 3
+    doze 2
   done
 done
 mkdir /run/sym

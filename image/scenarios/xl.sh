@@ -164,9 +164,11 @@ test_xl_checkpoint() {
   tell "$n times xl save -c under I/O: $(head -1 /run/verify.x1.xvda)"
 }
 
-# hypervisor_lines GUEST_ID: what Xen itself says about a guest and the storage domain, for people to read.
-hypervisor_lines() {
-  echo "grants of d$1 in use by the backend: $(grants_of "$1" "$(domid $DOMAIN)"); event channels of the backend to d$1: $(ports_to "$(domid $DOMAIN)" "$1")"
+# xen_says GUEST_ID: what Xen itself says about a guest and the storage domain, for people to read.
+xen_says() {
+  tell "grants of d$1 that the backend has in use: $(grants_of "$1" "$(domid storage)"); event channels of the backend to d$1: $(ports_to "$(domid storage)" "$1")"
+  { grant_lines "$1" "$(domid storage)"; port_lines "$(domid storage)" "$1"; } | head -6 >/run/xen.lines
+  told cat /run/xen.lines
 }
 
 # The guest destroyed in the middle of I/O on two disks: Xen's tables are back where they were.
@@ -180,12 +182,13 @@ test_xl_destroy() {
   id=$(domid x1)
   [ "$(ports_to "$(domid storage)" "$id")" -ge 2 ] || fail "no event channels to a guest under I/O: this test sees nothing"
   [ "$(grants_of "$id" "$(domid storage)")" -ge 2 ] || fail "no grants of a guest under I/O in use: this test sees nothing"
-  tell "before: $(hypervisor_lines "$id")"
+  xen_says "$id"
   rm -f /run/plug.x1.*
   xl destroy x1 >/run/xl.out 2>&1 || fail "xl destroy: $(tail -4 /run/xl.out | tr '\n' ' ')"
   rm -f /run/x1.domid /run/x1.tty
   wait_for no_zombie || fail "a zombie domain stays: $(xl list | tail -2 | tr '\n' ' ')"
-  tell "after xl destroy: $(hypervisor_lines "$id")"
+  tell "after xl destroy:"
+  xen_says "$id"
   told xl list
   [ "$(ports_to "$(domid storage)" "$id")" = 0 ] || fail "event channels to the dead guest are still bound"
   [ "$(grants_of "$id" "$(domid storage)")" = 0 ] || fail "grants of the dead guest are still in use"
@@ -194,13 +197,14 @@ test_xl_destroy() {
   done
   absent "/libxl/$id" || fail "libxl keeps /libxl/$id"
   wait_for not_held k-x1 || fail "vbdd keeps the dead guest's images open"
+  wait_for on storage "! losetup -a | grep k-x1" || fail "xl devd's script could not take its loop devices away: $(on storage "losetup -a")"
   [ "$(on storage "ls /proc/\$(pidof vbdd)/fd | wc -l")" -lt "$fds" ] || fail "vbdd has as many files open as with the guest"
 }
 
 # "xl devd" beside vbdd, with Debian's own scripts: it runs "block" for each vbd, which makes a loop device nobody reads; and it
 # removes directories as vbdd does. Also with script=block-vbdd, which does nothing of the kind.
 test_xl_devd() {
-  local file loops
+  local file words
   on storage "mkdir -p /run/lock /run/xen /var/lib/xen /var/log/xen; insmod /lib/vbdd/peer/loop.ko 2>/dev/null"
   on storage "xl devd -F >/tmp/devd.log 2>&1 & echo \$! >/run/devd.pid"
   wait_for on storage "pidof xl" || fail "xl devd does not run: $(on storage "tail -3 /tmp/devd.log")"
@@ -214,8 +218,7 @@ test_xl_devd() {
     tell "xl devd ran $(basename "$(xenstore-read "$(be_of x1 xvdc)/script")"): $(xenstore-ls "$(be_of x1 xvdc)" | grep -E '^(physical-device|hotplug|node)' | tr '\n' ' ')"
     verified x1 xvdc 2
     xl_detach x1 xvdc
-    loops=$(on storage "losetup -a")
-    [ -z "$loops" ] || tell "a loop device stayed: $loops"
+    wait_for on storage "! losetup -a | grep t-devd" || fail "xl devd's script could not take its loop device away: $(on storage "losetup -a")"
   done
   verify_stop x1 xvda
   quiet x1

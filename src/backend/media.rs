@@ -17,7 +17,6 @@ const NOTHING: Opened = Opened {
     physical_block_bytes: 512,
     direct: false,
     locked: true,
-    discard: None,
 };
 
 /// What came of looking at an image's size.

@@ -10,7 +10,7 @@ pub(super) const SERVED: Features = Features {
     ring_page_order_max: RING_PAGE_ORDER_MAX,
     queues_max: QUEUES_MAX,
     indirect_segments_max: INDIRECT_SEGMENTS,
-    persistent: false,
+    persistent: true,
     flush: true,
     barrier: true,
     discard: true,

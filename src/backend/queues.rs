@@ -83,7 +83,12 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
                 journal: format!("{}-{}-{}-{number}", address.kind.name(), address.frontend, address.devid),
             };
             match self.pump.attach(disk, &one) {
-                Ok(queue) => queues.push(queue),
+                Ok(queue) => {
+                    if ring.persistent {
+                        self.pump.keep_grants(queue);
+                    }
+                    queues.push(queue);
+                }
                 Err(error) => return Err(Partial { queues, error: connect_error(error) }),
             }
         }

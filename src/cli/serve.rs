@@ -23,6 +23,7 @@ Usage: vbdd serve --kind KIND --root DIR [OPTIONS]
   --default-abi ABI     x86_64, x86_32 or arm: for a frontend that does not name its ABI (x86_64)
   --disk-options WORDS  what every disk is served with, as in the node vbdd: in-order, persistent=0, discard=0, max-queues=N,
                         max-ring-page-order=N
+  --persistent-grants   offer frontends to keep their pages mapped; slower for vbdd than copying, see docs/performance.md
   --state-dir DIR       where live rings are written down for the next vbdd (/run/vbdd)
   --assume-clean        take over rings that no journal tells of, as the last vbdd was stopped with SIGTERM
   --xenstore PATH       the socket or device of xenstore (found by itself)
@@ -60,6 +61,8 @@ pub struct ServeOptions {
     pub default_abi: Abi,
     /// What every disk is served with, in the words of the node `vbdd`.
     pub disk_options: String,
+    /// Frontends are offered to keep their pages granted.
+    pub persistent_grants: bool,
     /// Where the journals of live rings are.
     pub state_dir: PathBuf,
     /// Rings without a journal were left with everything answered.
@@ -89,6 +92,7 @@ pub(super) fn parse(parser: &mut Parser) -> Result<Option<ServeOptions>, Error> 
         place: PlaceOption::Auto,
         default_abi: Abi::X86_64,
         disk_options: String::new(),
+        persistent_grants: false,
         state_dir: PathBuf::from("/run/vbdd"),
         assume_clean: false,
         xenstore: None,
@@ -135,6 +139,7 @@ pub(super) fn parse(parser: &mut Parser) -> Result<Option<ServeOptions>, Error> 
                 })?;
             }
             Long("state-dir") => options.state_dir = path(parser)?,
+            Long("persistent-grants") => options.persistent_grants = true,
             Long("assume-clean") => options.assume_clean = true,
             Long("xenstore") => options.xenstore = Some(path(parser)?),
             Long("log-level") => {

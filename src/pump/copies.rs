@@ -97,6 +97,8 @@ pub(super) struct Copies {
     pub(super) outgoing_long: Batch,
     /// Batches that failed as a whole.
     failed: u64,
+    /// Whether a part of the batch that was copied last failed as a whole even by itself.
+    pub(super) call_failed: bool,
 }
 
 impl Copies {
@@ -157,6 +159,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
     /// Copies segments; if that fails as a whole, a request's worth after the other: what is wrong with one, or with so large a
     /// batch while memory is short, is no reason to fail the requests of every guest.
     fn copy(&mut self, segments: &mut [CopySegment]) {
+        self.scratch.copies.call_failed = false;
         let Err(error) = self.hypervisor.copy(segments) else { return };
         self.scratch.copies.failed += 1;
         let failed = self.scratch.copies.failed;
@@ -169,6 +172,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         for own in segments.chunk_by_mut(|one, next| one.domain == next.domain) {
             for part in own.chunks_mut(rings::DIRECT_SEGMENTS) {
                 if self.hypervisor.copy(part).is_err() {
+                    self.scratch.copies.call_failed = true;
                     // On failure of the call the statuses mean nothing.
                     part.iter_mut().for_each(|segment| segment.copied = false);
                 }

@@ -48,6 +48,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         if let Some(mapping) = mapping {
             self.hypervisor.unmap(mapping);
         }
+        self.unmap_pages(id, false);
         self.starved.retain(|starved| *starved != id);
         self.first_in_line = self.first_in_line.filter(|(first, _)| *first != id);
         self.list(id);
@@ -73,6 +74,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         if self.queue(id).is_none_or(|open| open.unanswered() > 0) {
             return false;
         }
+        self.unmap_pages(id, true);
         let Some(mut open) = self.queues.get_mut(id as usize).and_then(Option::take) else { return false };
         self.guests.leave(open.guest);
         self.fair.leave(open.flow);

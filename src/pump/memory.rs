@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use formats::{Extent, Place, Run};
 use rings::{Segments, Status};
 
 use super::Pump;
@@ -108,6 +109,14 @@ impl Rows {
             *row = [Span::EMPTY; PIECES_MAX - 1];
             self.free.push(held.rest);
         }
+    }
+
+    /// Gives back the memory for data, and keeps the descriptors.
+    fn free_data(&mut self, pool: &mut Pool, held: &mut Held) {
+        let descriptors =
+            Held { descriptors: std::mem::replace(&mut held.descriptors, Span::EMPTY), ..Held::NONE };
+        self.free(pool, *held);
+        *held = Held { bytes: counted(descriptors.descriptors), ..descriptors };
     }
 
     /// Gives back the pieces that `length` bytes, at least one, do not need.
@@ -234,6 +243,17 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
     /// Finds memory for a request's data and sends it on; without memory it stays starved. Where somebody is first in
     /// line, it waits behind: small requests would take what a large one needs, page by page, for ever.
     pub(super) fn start(&mut self, id: u32, place: u16) {
+        let is_described = self
+            .queue(id)
+            .and_then(|queue| queue.in_flight(place))
+            .is_some_and(|one| matches!(one.request.segments, Segments::Direct(_)));
+        if is_described && (self.go_mapped(id, place) || self.go_direct(id, place)) {
+            return;
+        }
+        self.start_buffered(id, place);
+    }
+
+    pub(super) fn start_buffered(&mut self, id: u32, place: u16) {
         let allowed = !self.line_is_blocked();
         if self.try_start(id, place, allowed).is_some()
             && let Some(queue) = self.queue(id)
@@ -287,13 +307,85 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         if descriptors > 0 {
             self.fetch_descriptors(id, place);
         } else {
-            self.move_data(id, place);
+            self.move_buffered(id, place);
         }
         None
     }
 
+    /// Has the data of a request copied straight between the guest's pages and the file's, where the storage has these in
+    /// memory: no transfer, and no memory of ours. False where it must go the usual way.
+    fn go_direct(&mut self, id: u32, place: u16) -> bool {
+        // What is copied must be copied before anybody else can unmap it: in this turn.
+        if !self.turning {
+            return false;
+        }
+        let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return false };
+        let Some(disk) = self.disks.get(queue.disk as usize).and_then(Option::as_ref) else { return false };
+        let guest = queue.guest;
+        let Some(one) = queue.in_flight(place) else { return false };
+        let length = one.request.length_bytes();
+        if length == 0 {
+            return false;
+        }
+        let (kind, direction) = match one.request.operation {
+            rings::Operation::Read => (IoKind::Read, CopyDirection::ToGuest),
+            rings::Operation::Write => (IoKind::Write, CopyDirection::FromGuest),
+            // More than the data has to be done in order.
+            _ => return false,
+        };
+        let extent = Extent { sector: one.request.sector, sectors: one.request.sectors };
+        let Ok(Run { place: Place::Data { offset_bytes }, .. }) = disk.image.map(extent) else {
+            return false;
+        };
+        let Some(span) = self.storage.direct(disk.file, kind, offset_bytes, length) else { return false };
+        let before = one.held.bytes;
+        self.rows.free_data(self.storage.buffers(), &mut one.held);
+        let given = before - one.held.bytes;
+        self.guests.gives_back(guest, given.into());
+        // The file's pages are no memory of the pool's: they are not counted, and given back by nobody.
+        one.held.first = span;
+        one.stage = Stage::Direct;
+        self.queue_copy(id, place, direction);
+        true
+    }
+
+    /// A request's copies are over. True if they were to or from the file itself, whose pages it then has no more.
+    pub(super) fn end_direct(&mut self, id: u32, place: u16) -> bool {
+        let Some(one) = self.queue(id).and_then(|queue| queue.in_flight(place)) else { return false };
+        if one.stage != Stage::Direct {
+            return false;
+        }
+        one.held.first = Span::EMPTY;
+        one.stage = Stage::Storage;
+        true
+    }
+
+    /// The straight way failed, for whatever reason: the usual way tells which, and may do better.
+    pub(super) fn retry_buffered(&mut self, id: u32, place: u16) {
+        let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return };
+        let guest = queue.guest;
+        let Some(one) = queue.in_flight(place) else { return };
+        if one.held.descriptors == Span::EMPTY {
+            return self.start_buffered(id, place);
+        }
+        // Its descriptors are read; they must not be read again.
+        let Some(data) = self.rows.alloc(self.storage.buffers(), one.request.length_bytes(), 0) else {
+            return self.finish(id, place, Status::Error);
+        };
+        self.guests.holds(guest, data.bytes.into());
+        let bytes = one.held.bytes + data.bytes;
+        one.held = Held { descriptors: one.held.descriptors, bytes, ..data };
+        self.move_buffered(id, place);
+    }
+
     /// Starts to move the data of a request that has memory and whose segments are known.
     pub(super) fn move_data(&mut self, id: u32, place: u16) {
+        if !self.go_mapped(id, place) && !self.go_direct(id, place) {
+            self.move_buffered(id, place);
+        }
+    }
+
+    fn move_buffered(&mut self, id: u32, place: u16) {
         let Some(one) = self.queue(id).and_then(|queue| queue.in_flight(place)) else { return };
         if one.request.operation == rings::Operation::Read {
             self.queue_transfer(id, place, IoKind::Read);

@@ -19,6 +19,9 @@ pub(super) struct Scratch {
     pub(super) resting: Vec<u32>,
     pub(super) copies: Copies,
     served: Vec<u64>,
+    pub(super) segments: Vec<rings::Segment>,
+    /// Requests whose copies to or from the file itself failed.
+    retries: Vec<(u32, u16)>,
     /// Disks on which a flush or barrier may have become ready.
     flush_disks: Vec<u32>,
     /// Disks on which a barrier has ended.
@@ -50,7 +53,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             }
         }
         self.run_batch(|copies| &mut copies.outgoing, usize::MAX, Pump::handed_out);
-        progress
+        progress | self.retry()
     }
 
     /// Hands out the data of long reads, a part of it. True if there was some.
@@ -60,8 +63,10 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
     }
 
     fn handed_out(&mut self, id: u32, place: u16, failed: Option<u32>) {
+        let direct = self.end_direct(id, place);
         match failed {
-            None => self.finish(id, place, Status::Okay),
+            None => self.copied(id, place, direct),
+            Some(_) if direct => self.not_copied_straight(id, place),
             Some(grant) => self.bad_grant(id, place, grant),
         }
     }
@@ -82,6 +87,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         }
         let result = one.error.take().map_or(Ok(()), Err);
         let (operation, sector) = (one.request.operation, one.request.sector);
+        let in_place = one.stage == Stage::Mapped;
         self.end_epoch(id, place);
         match (result, operation) {
             (Err(error), Operation::Discard) if error.is_unsupported() => self.discards_no_more(id, place),
@@ -94,7 +100,9 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
                 self.storage_failed(id, what, sector, error);
                 self.finish(id, place, Status::Error);
             }
-            (Ok(()), Operation::Read) if has_ring => self.queue_copy(id, place, CopyDirection::ToGuest),
+            (Ok(()), Operation::Read) if has_ring && !in_place => {
+                self.queue_copy(id, place, CopyDirection::ToGuest)
+            }
             // What came along with a flush or barrier is durable with the answer.
             (Ok(()), Operation::Flush | Operation::Barrier) => self.queue_flush(id, place, Stage::Flush),
             (Ok(()), _) => self.finish(id, place, Status::Okay),
@@ -131,12 +139,33 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
     }
 
     pub(super) fn queue_copy(&mut self, id: u32, place: u16, direction: CopyDirection) {
+        let is_direct = self.is_direct(id, place);
         let Some(queue) = self.queues.get(id as usize).and_then(Option::as_ref) else { return };
-        let count = queue.segments(place);
+        // What goes straight to a file must be copied in this turn: its mapping stays no longer.
+        let count = if is_direct { 0 } else { queue.segments(place) };
         let batch = self.scratch.copies.of(direction, count);
         batch.push(id, place, |segments| {
             queue.copies(place, direction, (&self.rows, self.storage.buffers()), segments)
         });
+    }
+
+    /// A request's data is where it was to go.
+    fn copied(&mut self, id: u32, place: u16, direct: bool) {
+        if let Some(queue) = self.queue(id) {
+            queue.counters.direct += u64::from(direct);
+        }
+        self.finish(id, place, Status::Okay);
+    }
+
+    /// Sends what could not be copied straight the usual way. True if there was any.
+    fn retry(&mut self) -> bool {
+        let mut retries = std::mem::take(&mut self.scratch.retries);
+        let any = !retries.is_empty();
+        for (id, place) in retries.drain(..) {
+            self.retry_buffered(id, place);
+        }
+        self.scratch.retries = retries;
+        any
     }
 
     /// Has the descriptors of an indirect request copied in the next batch of them.
@@ -178,19 +207,45 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         let mut dropped = Vec::new();
         self.drop_copies(id, &mut dropped);
         for place in dropped {
+            self.end_direct(id, place);
             self.finish(id, place, Status::Error);
         }
     }
 
+    fn is_direct(&mut self, id: u32, place: u16) -> bool {
+        let one = self.queue(id).and_then(|queue| queue.in_flight(place));
+        one.is_some_and(|one| one.stage == Stage::Direct)
+    }
+
+    /// A copy to or from a file's own pages failed: tried again the usual way, which tells what is wrong.
+    fn not_copied_straight(&mut self, id: u32, place: u16) {
+        if self.scratch.copies.call_failed {
+            // The pages of the queue's file cannot be had: from now on it is read and written by calls.
+            let disk = self.queue(id).map(|queue| queue.disk);
+            if let Some(file) = disk.and_then(|disk| self.disk(disk)).map(|disk| disk.file) {
+                self.storage.not_direct(file);
+            }
+        }
+        self.scratch.retries.push((id, place));
+    }
+
     /// Fetches the data of the writes of this round from the guests, of long ones a part, and queues their transfers.
     pub(super) fn copy_in(&mut self) -> bool {
-        let then: fn(&mut Self, u32, u16, Option<u32>) = |pump, queue, place, failed| match failed {
-            None => pump.queue_transfer(queue, place, IoKind::Write),
-            Some(grant) => pump.bad_grant(queue, place, grant),
-        };
         let most = self.slice();
-        let short = self.run_batch(|copies| &mut copies.incoming, usize::MAX, then);
-        short | self.run_batch(|copies| &mut copies.incoming_long, most, then)
+        let short = self.run_batch(|copies| &mut copies.incoming, usize::MAX, Pump::fetched);
+        let long = self.run_batch(|copies| &mut copies.incoming_long, most, Pump::fetched);
+        self.retry();
+        short | long
+    }
+
+    fn fetched(&mut self, id: u32, place: u16, failed: Option<u32>) {
+        let direct = self.end_direct(id, place);
+        match failed {
+            None if direct => self.copied(id, place, true),
+            None => self.queue_transfer(id, place, IoKind::Write),
+            Some(_) if direct => self.not_copied_straight(id, place),
+            Some(grant) => self.bad_grant(id, place, grant),
+        }
     }
 
     fn bad_grant(&mut self, id: u32, place: u16, grant: u32) {
@@ -247,6 +302,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
 
     /// Answers a request and gives its memory back.
     pub(super) fn finish(&mut self, id: u32, place: u16, status: Status) {
+        self.end_mapped(id, place);
         self.end_epoch(id, place);
         self.leave(id, place);
         let Some(queue) = self.queue(id) else { return };
@@ -346,7 +402,8 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             }
             (Ok(()), Stage::Preflush) if has_ring => {
                 self.begin_epoch(id, place);
-                self.start(id, place);
+                // Not straight: this round's copies are made, and the next round may be in another turn.
+                self.start_buffered(id, place);
             }
             // The guest is gone: what its grants name now may be anything, and must not be written.
             (Ok(()), Stage::Preflush) => self.finish(id, place, Status::Error),

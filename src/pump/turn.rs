@@ -32,6 +32,13 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
     pub fn turn(&mut self, now: Duration) -> bool {
         self.now = now;
         self.end_delays(now);
+        self.turning = true;
+        let more = self.rounds(now);
+        self.turning = false;
+        more
+    }
+
+    fn rounds(&mut self, now: Duration) -> bool {
         for _ in 0..ROUNDS_PER_TURN {
             let mut progress = self.feed_starved();
             progress |= self.take_requests(now);

@@ -94,6 +94,7 @@ impl LinuxStorage {
         let length = (slot.until - slot.place).min(PART_BYTES);
         let is_device = matches!(file.identity, Identity::Device { .. });
         let call = Discard { tag: number, fd: file.descriptor(false), is_device, offset: slot.place, length };
+        self.maps.punched(&file.mapped, slot.place, length);
         if file.path == Path::Memory && length <= AT_ONCE_BYTES {
             self.stillborn.push_back(call.now());
         } else if self.discarders.give(call).is_err() {
@@ -106,6 +107,8 @@ impl LinuxStorage {
         let slot = *self.slots.at(number);
         let Some(file) = self.files.at(slot.io.file) else { return };
         let place = slot.place + (slot.until - slot.place).min(PART_BYTES);
+        // What was written meanwhile may have been marked as there, and be gone.
+        self.maps.punched(&file.mapped, slot.place, place - slot.place);
         match result {
             Err(libc::EINTR) => return self.discard_part(number),
             Ok(_) if place < slot.until => {

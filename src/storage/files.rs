@@ -5,6 +5,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use super::FileId;
 use super::hazards::Hazards;
 use super::legs::{SECTOR_BYTES, Shape};
+use super::maps::Mapped;
 use super::medium::{Path, Prepared};
 use super::slots::Fifo;
 use super::{Access, DiscardUnit, Identity};
@@ -41,6 +42,8 @@ pub(super) struct File {
     pub discards: Fifo,
     /// Only where a block is larger than a sector.
     pub hazards: Option<Hazards>,
+    /// Only where it lives in memory.
+    pub mapped: Mapped,
 }
 
 impl Drop for File {
@@ -73,6 +76,7 @@ impl File {
             discarding: false,
             discards: Fifo::EMPTY,
             hazards: serialised.then(|| Hazards::new(prepared.shape)),
+            mapped: if prepared.path == Path::Memory { Mapped::No } else { Mapped::Never },
         }
     }
 
@@ -128,6 +132,16 @@ impl Files {
     #[inline]
     pub(super) fn at(&mut self, id: FileId) -> Option<&mut File> {
         self.entry(id)?.file.as_mut()
+    }
+
+    /// The file at a place of the table.
+    pub(super) fn in_place(&mut self, place: u32) -> Option<&mut File> {
+        self.entries.get_mut(place as usize)?.file.as_mut()
+    }
+
+    /// All open files.
+    pub(super) fn all(&mut self) -> impl Iterator<Item = &mut File> {
+        self.entries.iter_mut().filter_map(|entry| entry.file.as_mut())
     }
 
     /// Takes a file out of the table.

@@ -12,12 +12,13 @@ use super::discards::Discard;
 use super::engine::{self, AnyEngine, Engine, EngineChoice, Landed};
 use super::files::{FILES_MAX, File, Files};
 use super::legs::{self, BOUNCE_BYTES};
+use super::maps::{Answer, Mapped, Maps, Wish};
 use super::medium::{self, Path, Prepared};
 use super::merge::Merges;
 use super::slots::{Fifo, Slots};
 use super::workers::{Bell, Workers};
 use super::{Access, Done, FileId, Identity, Io, IoKind, OpenError, Opened, Storage, StorageError};
-use crate::buffers::Pool;
+use crate::buffers::{Pool, Span};
 use crate::images::Roots;
 
 /// Threads that open and close files. A dead file server holds one for each path that is tried; the rest go on.
@@ -113,6 +114,9 @@ pub struct LinuxStorage {
     bell: Arc<Bell>,
     /// Whether a transfer was pushed by us and not on behalf of a caller who is about to submit.
     pub(super) continued: bool,
+    pub(super) maps: Maps,
+    /// Whether anything was asked since [`LinuxStorage::was_busy`] was.
+    busy: bool,
 }
 
 /// Whether the engine should know a file by number. Not a device: the kernel lets go of registered files late, and the claim
@@ -181,6 +185,8 @@ impl LinuxStorage {
             discarders,
             bell,
             continued: false,
+            maps: Maps::default(),
+            busy: false,
         })
     }
 
@@ -206,6 +212,17 @@ impl LinuxStorage {
     #[must_use]
     pub fn merged(&self) -> u64 {
         self.merges.merged
+    }
+
+    /// Whether there was any request since the last call of this.
+    pub fn was_busy(&mut self) -> bool {
+        std::mem::take(&mut self.busy) || self.slots.used() > 0
+    }
+
+    /// Memory in page tables for mapped files at most, in bytes.
+    #[must_use]
+    pub fn page_tables_bytes(&self) -> usize {
+        self.maps.in_use() * 4096
     }
 
     /// Requests queued and not yet finished.
@@ -250,7 +267,8 @@ impl LinuxStorage {
 
     /// Gives a file that nobody uses any more to the threads, since `close` may wait for a file server.
     pub(super) fn put_away(&mut self, file: FileId) {
-        let Some(file) = self.files.remove(file) else { return };
+        let Some(mut file) = self.files.remove(file) else { return };
+        self.maps.unmap(&mut file.mapped);
         if let Some(index) = file.attached {
             self.engine.detach(index);
         }
@@ -324,7 +342,46 @@ impl Storage for LinuxStorage {
     }
 
     #[inline]
+    fn direct(&mut self, id: FileId, kind: IoKind, offset: u64, length: u32) -> Option<Span> {
+        self.busy = true;
+        let file = self.files.at(id)?;
+        let refused = file.closing || (kind == IoKind::Write && file.access == Access::ReadOnly);
+        if file.path != Path::Memory || refused || length == 0 {
+            return None;
+        }
+        let writable = file.access != Access::ReadOnly;
+        let (fd, size) = (file.fd.as_fd(), file.shape.size);
+        let (place, writes) = (Files::place(id), kind == IoKind::Write);
+        let wish = Wish { place, fd, size, writable, writes, offset, length };
+        match self.maps.find(&mut file.mapped, &wish) {
+            Answer::Here(span) => Some(span),
+            Answer::No => None,
+            Answer::After((place, number)) => {
+                let other = self.files.in_place(place)?;
+                self.maps.give_up(&mut other.mapped, other.fd.as_fd(), number);
+                None
+            }
+        }
+    }
+
+    /// Only files in memory: their transfers are over when `queue` returns, so that no device reaches into a page of a guest
+    /// that is gone (XSA-229 is what such transfers led to).
+    fn takes_pages(&mut self, file: FileId) -> bool {
+        self.files.at(file).is_some_and(|file| file.path == Path::Memory)
+    }
+
+    fn not_direct(&mut self, file: FileId) {
+        let Some(entry) = self.files.at(file) else { return };
+        self.maps.unmap(&mut entry.mapped);
+        entry.mapped = Mapped::Never;
+        if !std::mem::replace(&mut entry.warned, true) {
+            log::warn!("image {:?} cannot be mapped any more: was the file cut short?", entry.identity);
+        }
+    }
+
+    #[inline]
     fn queue(&mut self, io: Io) {
+        self.busy = true;
         let Some(file) = self.files.at(io.file) else {
             return self.end(io.token, Err(StorageError::Os(libc::EBADF)));
         };
@@ -354,9 +411,14 @@ impl Storage for LinuxStorage {
     fn trim(&mut self) {
         self.pool.trim();
         self.bounces.trim();
+        for file in self.files.all() {
+            self.maps.unmap(&mut file.mapped);
+        }
+        self.maps.forget_all();
     }
 
     fn submit(&mut self) {
+        self.maps.next_turn();
         self.continued = false;
         self.end_run();
         let mut all = self.engine.submit();

@@ -334,6 +334,9 @@ impl LinuxStorage {
                 Err(errno) => return Err(StorageError::Os(errno)),
             }
         }
+        if action == Action::Write {
+            self.maps.wrote(&file.mapped, io.offset_bytes, moved);
+        }
         if io.span.length_bytes() > moved {
             io.span.part(moved, io.span.length_bytes() - moved).unwrap_or(Span::EMPTY).zero();
         }

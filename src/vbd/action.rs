@@ -198,6 +198,9 @@ pub enum Timer {
     Settle,
     /// State 6 stays at least that long before the directory is removed: a toolstack that misses it cleans nothing.
     Linger,
+    /// The same where a hotplug script has made a loop device for the image: `xl devd` runs it once more to take that away,
+    /// and it reads the directory for that. libxl waits 10 s for the removal.
+    LingerForScript,
     /// Until an open or connect is tried again.
     Retry,
     /// Until a publication that failed (a quota, say) is tried again.
@@ -206,8 +209,14 @@ pub enum Timer {
 
 impl Timer {
     /// Every timer.
-    pub const ALL: [Timer; 5] =
-        [Timer::SettleForScript, Timer::Settle, Timer::Linger, Timer::Retry, Timer::Republish];
+    pub const ALL: [Timer; 6] = [
+        Timer::SettleForScript,
+        Timer::Settle,
+        Timer::Linger,
+        Timer::LingerForScript,
+        Timer::Retry,
+        Timer::Republish,
+    ];
 
     /// How long, in milliseconds.
     #[must_use]
@@ -216,6 +225,7 @@ impl Timer {
             Timer::Settle => 100,
             Timer::Linger | Timer::Retry => 1000,
             Timer::SettleForScript | Timer::Republish => 2000,
+            Timer::LingerForScript => 5000,
         }
     }
 }

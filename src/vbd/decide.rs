@@ -113,6 +113,7 @@ impl Vbd {
         }
         if view.online || view.be != CLOSED {
             self.disarm(Timer::Linger, actions);
+            self.disarm(Timer::LingerForScript, actions);
         }
     }
 
@@ -140,8 +141,9 @@ impl Vbd {
     }
 
     fn remove_backend(&mut self, view: &View, world: &World, actions: &mut Actions) {
-        match self.alarm(Timer::Linger) {
-            Alarm::Off => self.arm(Timer::Linger, actions),
+        let linger = if view.has_loop_device { Timer::LingerForScript } else { Timer::Linger };
+        match self.alarm(linger) {
+            Alarm::Off => self.arm(linger, actions),
             Alarm::Armed => {}
             Alarm::Fired => {
                 if self.may_publish(view) {

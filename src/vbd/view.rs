@@ -58,6 +58,8 @@ pub(super) struct View {
     /// What the disk is to be served with.
     pub(super) terms: Terms,
     pub(super) has_script: bool,
+    /// A hotplug script has made a loop device for this disk.
+    pub(super) has_loop_device: bool,
     pub(super) plays_script: bool,
     /// The toolstack's script may still be at work.
     pub(super) script_pending: bool,
@@ -112,6 +114,7 @@ impl Read {
             rings: rings(&terms, trusting, world),
             terms,
             has_script,
+            has_loop_device: backend("node").is_present(),
             plays_script,
             script_pending: !plays_script && has_script && !hotplug_connected,
             hotplug_connected,

@@ -93,7 +93,7 @@ impl World {
 }
 
 /// Backend nodes that are read, `state` apart.
-const BACKEND: [&str; 18] = [
+const BACKEND: [&str; 19] = [
     "online",
     "frontend",
     "frontend-id",
@@ -111,6 +111,7 @@ const BACKEND: [&str; 18] = [
     "sector-size",
     "info",
     "discard-enable",
+    "node",
     OPTIONS_NODE,
 ];
 

@@ -50,6 +50,8 @@ pub struct Backend {
     pub offers: Offers,
     /// Every queue's answers come in the order of taking.
     pub in_order: bool,
+    /// Pages that requests name stay mapped.
+    pub persistent: bool,
     again: bool,
     /// Turns since the world began, and the most calls that one of them made.
     pub turns: u64,
@@ -71,6 +73,7 @@ impl Backend {
             pool_bytes,
             offers: Offers { indirect_segments: 256, barrier: true, discard: true },
             in_order: false,
+            persistent: false,
             again: false,
             turns: 0,
             calls_per_turn_max: 0,
@@ -153,6 +156,9 @@ impl Backend {
             match self.pump.as_mut().unwrap().attach(disk, &plan) {
                 Ok(queue) => {
                     self.lines[at].queue = Some(queue);
+                    if self.persistent {
+                        self.pump.as_mut().unwrap().keep_grants(queue);
+                    }
                     self.lines[at].live = true;
                     self.again = true;
                     return;

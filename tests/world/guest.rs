@@ -54,6 +54,8 @@ pub struct Habits {
     pub in_order: bool,
     /// The disk has fewer sectors than the model: what lies past this must be refused.
     pub end: Option<u64>,
+    /// Its pages stay granted from one request to the next.
+    pub persistent: bool,
 }
 
 impl Habits {
@@ -80,6 +82,7 @@ impl Habits {
             odd: 1,
             in_order: false,
             end: None,
+            persistent: false,
         }
     }
 }
@@ -112,6 +115,8 @@ struct GuestQueue {
     port: u32,
     grants: Vec<GrantRef>,
     free: Vec<usize>,
+    /// Frames that stay granted.
+    kept: BTreeMap<usize, GrantRef>,
     pending: BTreeMap<u64, Pending>,
     order: VecDeque<u64>,
     left: u32,
@@ -146,6 +151,7 @@ impl SaneGuest {
                 port: xen.offer_port(habits.domain),
                 grants,
                 free: (base + habits.ring_pages..base + frames).collect(),
+                kept: BTreeMap::new(),
                 pending: BTreeMap::new(),
                 order: VecDeque::new(),
                 left: habits.requests,
@@ -256,8 +262,10 @@ impl SaneGuest {
         let indirect = !flushes && !odd && !with_data && shared.chance(habits.indirect, 16);
         let pages = match (flushes || odd, indirect) {
             (true, _) => 0,
+            // What never fits into its frames would look as if it were stuck.
             (_, true) => {
-                1 + shared.below(habits.indirect_max.min(model.size() / 8).min(habits.frames as u64 - 1))
+                let most = habits.indirect_max.min(model.size() / 8).min(habits.frames as u64 - 1);
+                1 + shared.below(most)
             }
             (_, false) => habits.segments_min + shared.below(habits.segments_max - habits.segments_min + 1),
         };
@@ -293,7 +301,13 @@ impl SaneGuest {
                 }
                 at += 1;
             }
-            let grant = shared.xen.borrow_mut().grant(habits.domain, frame, !is_read);
+            let grant = match queue.kept.get(&frame) {
+                Some(grant) => *grant,
+                None => shared.xen.borrow_mut().grant(habits.domain, frame, !is_read && !habits.persistent),
+            };
+            if habits.persistent {
+                queue.kept.insert(frame, grant);
+            }
             segments.push((Segment { grant, first, last }, frame));
         }
         queue.sent += 1;
@@ -348,7 +362,9 @@ impl SaneGuest {
         let queue = &mut self.queues[n];
         let pages = pending.segments.iter().map(|(segment, frame)| (segment.grant, *frame));
         for (grant, frame) in pages.chain(pending.descriptors) {
-            shared.xen.borrow_mut().revoke(domain, grant);
+            if queue.kept.get(&frame) != Some(&grant) {
+                shared.xen.borrow_mut().revoke(domain, grant);
+            }
             queue.free.push(frame);
         }
     }
@@ -428,21 +444,21 @@ impl SaneGuest {
             Want::Flush { .. } | Want::Odd => IoKind::Flush,
         };
         let mut media = shared.media.borrow_mut();
-        // Two reads of one place may be in flight: a failure belongs to the one that says so.
         let range = pending.sector * 512..(pending.sector + pending.count) * 512;
         let hits = |error: &Injected| {
             (error.image, error.kind) == (image, kind) && range.contains(&error.offset_bytes)
         };
-        // Two reads of one place may be in flight: a failure belongs to the one that says so. Of a write every part may
+        // Where several fit a read, it cannot be told whose they are: they stay, for the others. Of a write every part may
         // fail, and nobody else writes there.
-        let mut left = if kind == IoKind::Read { usize::from(!okay) } else { usize::MAX };
-        media.injected.retain(|error| {
-            let hit = left > 0 && hits(error);
+        let reads = kind == IoKind::Read;
+        let several = reads && media.injected.iter().filter(|error| hits(error)).count() > 1;
+        media.injected.retain_mut(|error| {
+            let hit = hits(error) && !(reads && okay);
             if hit {
-                left -= 1;
                 cause = Some(error.certain || cause == Some(true));
+                error.certain &= !several;
             }
-            !hit
+            !hit || several
         });
         let flushes = matches!(pending.want, Want::Flush { .. } | Want::FlushWrite { .. });
         if cause.is_none() && flushes && media.flush_failed.contains(&image) {

@@ -231,6 +231,10 @@ pub fn sane_world(seed: u64, requests: u32) -> World {
     // The smallest arena holds one chunk: 256 pages, 23 of the largest requests.
     let mut world = World::new(seed, 1 << 20);
     let shared = world.shared.clone();
+    // Images in memory, in two of three worlds; now and then they cannot be reached.
+    shared.direct.set([(0, 0), (512, 20), (1024, 100)][shared.index(3)]);
+    world.backend.persistent = shared.chance(1, 2);
+    let persistent = world.backend.persistent;
     let guests = 1 + shared.below(3);
     world.backend.in_order = shared.chance(1, 4);
     let in_order = world.backend.in_order;
@@ -254,6 +258,7 @@ pub fn sane_world(seed: u64, requests: u32) -> World {
             discards: shared.below(3),
             barriers: shared.below(2),
             odd: shared.below(2),
+            persistent,
             in_order,
             ..Habits::new(n as u16 + 1, disk)
         });

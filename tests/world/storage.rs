@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
 
-use vbdd::buffers::Pool;
+use vbdd::buffers::{Pool, Span};
 use vbdd::storage::{
     Access, DiscardUnit, Done, FileId, Identity, Io, IoKind, OpenError, Opened, Storage, StorageError,
 };
@@ -96,6 +96,8 @@ pub struct Media {
     pub no_discard: bool,
     /// Transfers started since the world began.
     pub transfers: u64,
+    /// Sectors of images that a grant copy may just have written: image, first, count.
+    direct: Vec<(usize, usize, usize)>,
     /// Images of which no transfer ever ends.
     pub hung: BTreeSet<usize>,
     /// The next transfer of this kind never ends.
@@ -120,6 +122,29 @@ impl Media {
             taken_last: 0,
         });
         self.images.len() - 1
+    }
+
+    /// True for an address in an image's own memory.
+    pub fn holds(&self, address: *const u8) -> bool {
+        self.images.iter().any(|image| image.visible.as_flattened().as_ptr_range().contains(&address))
+    }
+
+    /// Grant copies were made, some perhaps straight to images: what is visible there now is a version of its own, and such
+    /// a write is finished for every flush from now on.
+    pub fn copied(&mut self, is_local: &dyn Fn(*const u8) -> bool) {
+        for (image, first, count) in self.direct.clone() {
+            let image = &mut self.images[image];
+            if !(first..first + count).any(|sector| is_local(image.visible[sector].as_ptr())) {
+                continue;
+            }
+            self.numbers += 1;
+            for sector in first..first + count {
+                let version = Version { write: self.numbers, bytes: image.visible[sector] };
+                image.cached.entry(sector).or_default().push(version);
+            }
+            image.taken.insert(self.numbers);
+            image.taken_last = self.numbers;
+        }
     }
 
     /// When the next transfer is done, if any ever is.
@@ -153,6 +178,8 @@ impl Media {
     /// The process is gone. What the kernel had begun is done, in part, or never; it is over before a successor opens
     /// the image.
     pub fn process_died(&mut self, chance: &mut dyn FnMut() -> bool) {
+        self.copied(&|_| true);
+        self.direct.clear();
         self.queued.clear();
         for one in std::mem::take(&mut self.running) {
             for n in 0..one.sectors() {
@@ -171,6 +198,8 @@ impl Media {
     /// The host loses power: of each sector any version survives that was not older than the last that a flush made
     /// durable; `torn` mixes two of them.
     pub fn power_loss(&mut self, torn: bool, pick: &mut dyn FnMut(usize) -> usize) {
+        self.copied(&|_| true);
+        self.direct.clear();
         self.queued.clear();
         for one in std::mem::take(&mut self.running) {
             for n in 0..one.sectors() {
@@ -287,6 +316,24 @@ impl SimStorage {
         self.files.iter().flatten().count()
     }
 
+    /// What is in the memory of a transfer: the pool's, or a guest's page.
+    fn bytes(&self, span: Span) -> Vec<u8> {
+        if self.pool.contains(span) {
+            return self.pool.bytes(span).to_vec();
+        }
+        // SAFETY: a mapped page of a guest, which stays mapped until the transfer is done; if not, the test dies of it.
+        unsafe { std::slice::from_raw_parts(span.address(), span.length_bytes() as usize) }.to_vec()
+    }
+
+    /// Writes to the memory of a transfer.
+    fn fill(&mut self, span: Span, bytes: &[u8]) {
+        if !self.pool.copy_in(span, bytes) {
+            assert_eq!(span.length_bytes() as usize, bytes.len());
+            // SAFETY: as in `bytes`.
+            unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), span.address(), bytes.len()) };
+        }
+    }
+
     /// Opens an image by its number, without the detour over paths.
     pub fn open_image(&mut self, image: usize) -> FileId {
         self.files.push(Some(image));
@@ -324,12 +371,12 @@ impl SimStorage {
                     let bytes =
                         media.images[one.image].visible.get(first + n).copied().unwrap_or([0; SECTOR]);
                     let part = one.io.span.part((n * SECTOR) as u32, SECTOR as u32).unwrap();
-                    assert!(self.pool.copy_in(part, &bytes));
+                    self.fill(part, &bytes);
                 }
             }
             IoKind::Read => {}
             IoKind::Write => {
-                if self.pool.bytes(one.io.span) != one.data {
+                if self.bytes(one.io.span) != one.data {
                     shared.fail("the memory of a write changed while it was in flight");
                 }
                 for n in 0..sectors {
@@ -411,6 +458,36 @@ impl Storage for SimStorage {
         &mut self.pool
     }
 
+    fn direct(&mut self, file: FileId, kind: IoKind, offset_bytes: u64, length_bytes: u32) -> Option<Span> {
+        if !self.shared.strikes(self.shared.direct.get().0) {
+            return None;
+        }
+        let image = self.files.get(file.0 as usize).copied().flatten()?;
+        let mut media = self.shared.media.borrow_mut();
+        let (first, count) = (offset_bytes as usize / SECTOR, length_bytes as usize / SECTOR);
+        let opened = &mut media.images[image];
+        let bytes = opened.visible.get_mut(first..first + count)?.as_flattened_mut();
+        // SAFETY: an image's sectors stay where they are for the life of the world; who copies to or from them does so
+        // alone, on this thread.
+        let span = unsafe { Span::foreign(bytes.as_mut_ptr(), length_bytes) };
+        if kind == IoKind::Write {
+            if opened.read_only {
+                return None;
+            }
+            media.direct.push((image, first, count));
+        }
+        self.shared.note("direct", offset_bytes, length_bytes.into());
+        Some(span)
+    }
+
+    fn takes_pages(&mut self, _: FileId) -> bool {
+        self.shared.direct.get().0 > 0
+    }
+
+    fn not_direct(&mut self, file: FileId) {
+        self.shared.note("not direct", file.0.into(), 0);
+    }
+
     fn queue(&mut self, io: Io) {
         self.shared.point("queue", io.offset_bytes, io.span.length_bytes().into());
         let Some(image) = self.files.get(io.file.0 as usize).copied().flatten() else {
@@ -431,7 +508,7 @@ impl Storage for SimStorage {
         }
         media.numbers += 1;
         let number = media.numbers;
-        let data = if io.kind == IoKind::Write { self.pool.bytes(io.span).to_vec() } else { Vec::new() };
+        let data = if io.kind == IoKind::Write { self.bytes(io.span) } else { Vec::new() };
         let mut covers =
             if io.kind == IoKind::Flush { media.images[image].taken.clone() } else { BTreeSet::new() };
         if self.shared.plant.get() == Plant::FlushSkipsLast {
@@ -445,9 +522,11 @@ impl Storage for SimStorage {
     }
 
     fn submit(&mut self) {
+        self.shared.media.borrow_mut().direct.clear();
         self.shared.point("submit", 0, 0);
         let (faults, now) = (self.shared.faults.get(), self.shared.clock.now_us());
-        let mut media = self.shared.media.borrow_mut();
+        let shared = self.shared.clone();
+        let mut media = shared.media.borrow_mut();
         for mut one in std::mem::take(&mut media.queued) {
             let mut latency = self.shared.below(faults.latency_us_max + 1);
             if self.shared.strikes(faults.slow) {
@@ -468,7 +547,7 @@ impl Storage for SimStorage {
             }
             if one.io.kind == IoKind::Read {
                 // The device may write there from now on.
-                self.pool.bytes_mut(one.io.span).fill(0xA5);
+                self.fill(one.io.span, &vec![0xA5; one.io.span.length_bytes() as usize]);
             }
             media.transfers += 1;
             media.running.push(one);

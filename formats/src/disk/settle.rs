@@ -74,7 +74,8 @@ impl Disk {
 
     /// Runs whoever can run, until nobody can.
     pub(super) fn advance(&mut self, pages: &mut Pages) {
-        for tries in 0..=IDLE_TRIES {
+        let mut tries = 0;
+        loop {
             while let Some(actor) = self.ready.pop_front() {
                 match actor {
                     Actor::Request(at) => self.run_request(pages, at),
@@ -90,8 +91,10 @@ impl Disk {
             if self.ready.is_empty() && (self.busy.is_empty() || self.flights.count() > 0) {
                 return;
             }
-            if tries == IDLE_TRIES {
-                return self.unstick(pages);
+            tries += 1;
+            if tries > IDLE_TRIES {
+                // Flushes may have waited for who is failed: once more, and nobody waits any longer.
+                self.unstick(pages);
             }
             self.poke = true;
             self.ready.append(&mut self.busy);
@@ -262,6 +265,7 @@ impl Disk {
     /// A page could not be written, or a sync failed: flushes that wait fail.
     fn pages_failed(&mut self, failure: Failure) {
         self.paused = true;
+        self.pages_paused = true;
         self.shared.ledger.want_nothing();
         while let Some((token, _, _)) = self.epochs.syncing.pop_front() {
             self.outcomes.push_back(Outcome { token, result: Err(failure) });
@@ -280,13 +284,18 @@ impl Disk {
     }
 
     fn end_flushes(&mut self) {
+        if self.pages_paused {
+            return self.pages_failed(self.failure);
+        }
         let ledger = &self.shared.ledger;
         let planted = ledger.planted;
-        while let Some((token, ..)) = self.epochs.syncing.pop_front_if(|(_, stamp, tick)| {
-            ledger.failed()
-                || (ledger.is_durable(*stamp) || planted.no_flush_pages)
-                    && (ledger.is_synced(*tick) || planted.no_flush)
-        }) {
+        while let Some(&(token, stamp, tick)) = self.epochs.syncing.front() {
+            let durable = ledger.is_durable(stamp) || planted.no_flush_pages;
+            let synced = ledger.is_synced(tick) || planted.no_flush;
+            if !(ledger.failed() || durable && synced) {
+                return;
+            }
+            self.epochs.syncing.pop_front();
             let result = if ledger.failed() { Err(Failure::SyncFailed) } else { Ok(()) };
             self.outcomes.push_back(Outcome { token, result });
         }
@@ -294,7 +303,7 @@ impl Disk {
 
     /// Starts what the ledger wants to write.
     fn write_pages(&mut self, pages: &mut Pages) {
-        if self.paused {
+        if self.pages_paused {
             return;
         }
         if let Some(&(_, stamp, tick)) = self.epochs.syncing.back() {

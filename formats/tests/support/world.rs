@@ -23,22 +23,28 @@ pub struct Setup {
     pub pages: usize,
     pub depth: u64,
     pub reserve_bytes: u64,
+    /// The file is so long from the start that refcount blocks and a longer refcount table are needed soon.
+    pub far: bool,
 }
 
 impl Setup {
     pub fn random(rng: &mut Rng) -> Setup {
+        let far = rng.one_in(6);
         let version = if rng.one_in(4) { 2 } else { 3 };
         let extended = version == 3 && rng.one_in(4);
         let cluster_bits = if extended { 14 } else { *rng.pick(&[9, 9, 9, 10, 12]) };
         let refcount_order = if version == 2 { 4 } else { *rng.pick(&[0, 1, 2, 3, 4, 4, 5, 6]) };
-        let shape = Shape { version, cluster_bits, extended, refcount_order };
-        let sectors = match cluster_bits {
+        let mut shape = Shape { version, cluster_bits, extended, refcount_order };
+        if far {
+            shape = Shape { version: 3, cluster_bits: 9, extended: false, refcount_order: 6 };
+        }
+        let sectors = match shape.cluster_bits {
             9 => 60 + rng.below(140),
             14 => 128 + rng.below(128),
             _ => 64 + rng.below(200),
         };
         let parents = (0..rng.below(3)).map(|_| sectors / 2 + rng.below(sectors)).collect();
-        let device = rng.one_in(5);
+        let device = !far && rng.one_in(5);
         Setup {
             shape,
             sectors,
@@ -49,6 +55,7 @@ impl Setup {
             pages: 8 + rng.below(24) as usize,
             depth: 1 + rng.below(12),
             reserve_bytes: 4096 << rng.below(4),
+            far,
         }
     }
 
@@ -76,6 +83,8 @@ pub struct World {
     pub planted: Planted,
     pub reads_checked: u64,
     pub parents: Vec<(u32, SimMedium)>,
+    initial: Vec<u64>,
+    pub crashes: u64,
 }
 
 fn run_to_end(driver: &mut Driver<SimMedium>) {
@@ -142,18 +151,36 @@ impl World {
             }
             0
         };
-        let oracle = Oracle::new((0..setup.sectors).map(initial));
+        let initial: Vec<u64> = (0..setup.sectors).map(initial).collect();
+        let oracle = Oracle::new(initial.iter().copied());
         let mut leaf = if setup.device { SimMedium::device(1 << 20) } else { SimMedium::file() };
         leaf.new_space_is_zero = setup.new_space_is_zero;
         let backing = (!parents.is_empty()).then(|| ("parent".to_owned(), "raw".to_owned()));
         let size_bytes = setup.sectors * 512;
         let what = Create { shape: setup.shape, size_bytes, backing, compression: Compression::Zlib };
         create(&mut leaf, &what).unwrap();
+        if setup.far {
+            let entries_times_counts = 64 * 64;
+            leaf.set_length((entries_times_counts - rng.below(40)) * 512).unwrap();
+            leaf.sync().unwrap();
+        }
         let parents: Vec<_> =
             parents.into_iter().zip(1..).map(|((medium, _), number)| (number, medium)).collect();
-        let driver = open(&setup, leaf, &parents, seed, planted);
+        let mut driver = open(&setup, leaf, &parents, seed, planted);
+        driver.lazy = rng.one_in(3);
         let requests = HashMap::new();
-        World { setup, driver, oracle, requests, next: 1, planted, reads_checked: 0, parents }
+        World {
+            setup,
+            driver,
+            oracle,
+            requests,
+            next: 1,
+            planted,
+            reads_checked: 0,
+            parents,
+            initial,
+            crashes: 0,
+        }
     }
 
     /// Submits a random request.
@@ -237,6 +264,11 @@ impl World {
             self.driver.run(Op::Read, extent, vec![0xee; self.setup.sectors as usize * 512]);
         result.unwrap();
         self.check_read(extent, &memory, begun);
+    }
+
+    /// What the parents hold.
+    pub fn below(&self, sector: u64) -> u64 {
+        self.initial[sector as usize]
     }
 
     pub fn leaf(&self) -> &SimMedium {
