@@ -11,6 +11,7 @@ use crate::vbd::{self, Address, Geometry, OpenRequest};
 
 /// What an empty drive says of its medium.
 const NOTHING: Opened = Opened {
+    discard: None,
     file: FileId::NONE,
     identity: Identity::Device { number: u64::MAX },
     size_bytes: 0,
