@@ -19,6 +19,7 @@ pub mod ledger;
 pub mod medium;
 pub mod pages;
 pub mod raw;
+pub mod vhd;
 
 pub use disk::{Disk, Limits, Op, Outcome, Payload, Request, Work, WorkId, WorkKind};
 pub use error::{Corruption, Failure, Unsupported};
@@ -27,6 +28,7 @@ pub use ledger::{Ledger, Stamp, Tick};
 pub use medium::Medium;
 pub use pages::{PAGE_BYTES, PageRef, Pages};
 pub use raw::Raw;
+pub use vhd::Vhd;
 
 /// Unit of sector numbers and counts, in bytes, whatever the medium's blocks are.
 pub const SECTOR_BYTES: u64 = 512;
