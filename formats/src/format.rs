@@ -65,11 +65,13 @@ pub enum Before {
 }
 
 /// Space for whole units of a write. The owner fills what the guest does not write, writes the guest's data, and then commits;
-/// until then reads give what was there before. No other change of mapping within `extent` is asked meanwhile.
+/// until then reads give what was there before. No other change of mapping within `locked` is asked meanwhile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Payout {
     /// Whole units: begins at or before the asked extent, and ends behind its first sector. May be longer than what was asked.
     pub extent: Extent,
+    /// What must not be asked to change meanwhile: the extent, or more where units share an entry.
+    pub locked: Extent,
     /// Where the extent's first sector lies in the image.
     pub offset_bytes: u64,
     /// The space reads as zero: what is to be zero need not be written.

@@ -134,11 +134,6 @@ impl Ledger {
         self.wanted_tick = 0;
     }
 
-    /// Pages that wait to be written.
-    pub(crate) fn dirty_pages(&self) -> usize {
-        self.dirty.len()
-    }
-
     pub(crate) fn failed(&self) -> bool {
         self.failed
     }
@@ -211,6 +206,9 @@ impl Ledger {
         self.writes_in_flight = self.writes_in_flight.saturating_sub(1);
         pages.unpin(page);
         if result.is_ok() {
+            if self.planted.no_sync_after_pages && self.writes_in_flight == 0 {
+                self.find_durable(pages);
+            }
             return;
         }
         let Some(at) = self.written.iter().rposition(|copy| copy.page == page) else { return };
@@ -236,7 +234,8 @@ impl Ledger {
 
     fn find_durable(&mut self, pages: &Pages) {
         let dirty = self.dirty.iter().filter_map(|&page| pages.first_change(page, self.disk));
-        let kept = self.staged.iter().chain(&self.written).map(|copy| copy.first);
+        let written = if self.planted.no_sync_after_pages { &[] } else { self.written.as_slice() };
+        let kept = self.staged.iter().chain(written).map(|copy| copy.first);
         let oldest = dirty.chain(kept).min();
         self.durable = oldest.map_or(self.changes, |stamp| stamp.0.saturating_sub(1));
     }

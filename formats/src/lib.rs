@@ -18,6 +18,7 @@ pub mod format;
 pub mod ledger;
 pub mod medium;
 pub mod pages;
+pub mod qcow2;
 pub mod raw;
 pub mod vhd;
 
@@ -27,6 +28,7 @@ pub use format::{Context, Facts, Format, Order, PageAt, Payout, Prepared, Step, 
 pub use ledger::{Ledger, Stamp, Tick};
 pub use medium::Medium;
 pub use pages::{PAGE_BYTES, PageRef, Pages};
+pub use qcow2::Qcow2;
 pub use raw::Raw;
 pub use vhd::Vhd;
 

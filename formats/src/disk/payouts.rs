@@ -29,7 +29,7 @@ impl Disk {
 
     /// The part of an extent before the first sector whose mapping is being changed.
     pub(super) fn unlocked(&self, extent: Extent) -> Step<Extent> {
-        let locked = self.payments.iter().flatten().map(|payment| payment.payout.extent);
+        let locked = self.payments.iter().flatten().map(|payment| payment.payout.locked);
         let first = locked.filter(|lock| lock.overlaps(&extent)).map(|lock| lock.sector).min();
         match first {
             None => Ok(extent),

@@ -114,7 +114,9 @@ impl Disk {
             return;
         }
         self.poke = false;
-        let oldest = self.actives.iter().flatten().map(|active| active.user).min();
+        // A request without work under way has no use for what it was told before.
+        let using = self.actives.iter().flatten().filter(|active| active.outstanding > 0);
+        let oldest = using.map(|active| active.user).min();
         self.shared.users.0 = oldest.map_or(self.shared.users.1, |user| user.saturating_sub(1));
         let step = self.ask(pages, 0, |leaf, cx| leaf.work(cx));
         self.working = step.is_err();

@@ -1,0 +1,275 @@
+//! Checking an image against itself, and repairing what can be.
+//!
+//! References are counted in windows of clusters, so that memory is bounded whatever the image: one walk over the metadata for
+//! each window.
+
+use alloc::vec::Vec;
+
+use crate::bytes::{be64, index, put};
+use crate::error::{Corruption, Failure, Unsupported};
+use crate::medium::Medium;
+use crate::qcow2::header::{CORRUPT, DIRTY, Header, field};
+use crate::qcow2::shape::{COPIED, refcount, refcount_bytes};
+use crate::qcow2::walk::{Kind, Visitor, Walk};
+
+/// Clusters counted in one walk: 32 MiB of memory; 512 GiB of file at 64 KiB clusters.
+pub const WINDOW: u64 = 8 << 20;
+
+/// Findings that are kept; more are only counted.
+pub const FINDINGS_MAX: usize = 100;
+
+/// What checking found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Clusters of the file.
+    pub clusters: u64,
+    /// Clusters that are in use.
+    pub used: u64,
+    /// Clusters that are counted more often than they are named: space that is lost, nothing else.
+    pub leaks: u64,
+    /// Contradictions that endanger data.
+    pub corruptions: u64,
+    /// The first of them.
+    pub findings: Vec<Corruption>,
+    /// Leaks that were repaired.
+    pub leaks_repaired: u64,
+    /// Contradictions that were repaired.
+    pub corruptions_repaired: u64,
+}
+
+impl Report {
+    fn corrupt(&mut self, what: &'static str, at_bytes: u64) {
+        self.corruptions += 1;
+        if self.findings.len() < FINDINGS_MAX {
+            self.findings.push(Corruption { what, at_bytes });
+        }
+    }
+
+    /// Nothing is wrong, or is any more.
+    #[must_use]
+    pub fn is_clean(&self) -> bool {
+        self.leaks == self.leaks_repaired && self.corruptions == self.corruptions_repaired
+    }
+}
+
+/// What is repaired.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fix {
+    /// Nothing.
+    Nothing,
+    /// Leaks: what a crash leaves.
+    Leaks,
+    /// Refcounts that are too low, and marks of being the only one, too.
+    All,
+}
+
+/// Counts references to the clusters of a window.
+struct Counter<'a> {
+    from: u64,
+    counts: Vec<u32>,
+    /// What is wrong is said in the first walk only.
+    report: Option<&'a mut Report>,
+}
+
+impl Visitor for Counter<'_> {
+    fn reference(&mut self, first: u64, count: u64, _: Kind) {
+        let end = self.from + self.counts.len() as u64;
+        for cluster in first.max(self.from)..(first + count).min(end) {
+            if let Some(count) = self.counts.get_mut(index(cluster - self.from)) {
+                *count = count.saturating_add(1);
+            }
+        }
+    }
+
+    fn wrong(&mut self, what: Corruption) {
+        if let Some(report) = self.report.as_mut() {
+            report.corrupt(what.what, what.at_bytes);
+        }
+    }
+}
+
+/// Marks of being the only one that do not fit the refcount.
+struct Marks {
+    from: u64,
+    counts: Vec<u32>,
+    wrong: Vec<(u64, bool)>,
+}
+
+impl Visitor for Marks {
+    fn reference(&mut self, first: u64, _: u64, kind: Kind) {
+        let Kind::Entry { entry_at, copied } = kind else { return };
+        let within = first.checked_sub(self.from).map(index);
+        let Some(&count) = within.and_then(|at| self.counts.get(at)) else { return };
+        if (count == 1) != copied {
+            self.wrong.push((entry_at, !copied));
+        }
+    }
+
+    fn wrong(&mut self, _: Corruption) {}
+}
+
+/// Checks an image, and repairs what `fix` says.
+///
+/// # Errors
+/// What is wrong with the header, or what the medium says.
+pub fn check(medium: &mut dyn Medium, fix: Fix) -> Result<Report, Unsupported> {
+    let header = Header::read(medium)?;
+    let end = medium.length_bytes().div_ceil(header.shape.cluster_bytes());
+    let mut report = Report { clusters: end, ..Report::default() };
+    let mut from = 0;
+    while from < end.max(1) {
+        let length = WINDOW.min(end - from);
+        check_window(medium, &header, (from, length, end), fix, &mut report)?;
+        from += WINDOW;
+    }
+    check_behind(medium, &header, end, &mut report)?;
+    if fix != Fix::Nothing {
+        unmark(medium, &header, &report)?;
+    }
+    Ok(report)
+}
+
+fn check_window(
+    medium: &mut dyn Medium,
+    header: &Header,
+    window: (u64, u64, u64),
+    fix: Fix,
+    report: &mut Report,
+) -> Result<(), Failure> {
+    let (from, length, end) = window;
+    let counts = alloc::vec![0_u32; index(length)];
+    let first = from == 0;
+    let mut counter = Counter { from, counts, report: first.then_some(&mut *report) };
+    Walk { medium, header, end }.all(&mut counter)?;
+    let counts = counter.counts;
+    let stored = compare(medium, header, (from, &counts), fix, report)?;
+    // Marks are judged by the refcounts that are there after the repair.
+    let mut marks = Marks { from, counts: stored, wrong: Vec::new() };
+    Walk { medium, header, end }.all(&mut marks)?;
+    for (entry_at, copied) in marks.wrong {
+        report.corrupt("mark of being the only one does not fit the refcount", entry_at);
+        if fix == Fix::All {
+            let mut entry = [0; 8];
+            medium.read(entry_at, &mut entry)?;
+            let value = be64(&entry, 0);
+            let value = if copied { value | COPIED } else { value & !COPIED };
+            write_bytes(medium, entry_at, &value.to_be_bytes())?;
+            report.corruptions_repaired += 1;
+        }
+    }
+    Ok(())
+}
+
+/// Compares what is counted with what is named; gives the refcounts that are there afterwards.
+fn compare(
+    medium: &mut dyn Medium,
+    header: &Header,
+    window: (u64, &[u32]),
+    fix: Fix,
+    report: &mut Report,
+) -> Result<Vec<u32>, Failure> {
+    let (from, counts) = window;
+    let shape = header.shape;
+    let per_block = shape.refcounts_per_block();
+    let (table_at, table_end) = header.reftable_range();
+    let mut table = alloc::vec![0; index(table_end - table_at)];
+    medium.read(table_at, &mut table)?;
+    let mut block = alloc::vec![0; index(shape.cluster_bytes())];
+    let (mut loaded, mut changed) = (u64::MAX, false);
+    let mut stored = Vec::with_capacity(counts.len());
+    let mut block_at = 0;
+    for (cluster, &named) in (from..).zip(counts) {
+        let number = cluster / per_block;
+        if number != loaded {
+            write_block(medium, block_at, &block, core::mem::take(&mut changed))?;
+            loaded = number;
+            block_at = be64(&table, index(number * 8));
+            let usable = block_at % shape.cluster_bytes() == 0 && number * 8 < table.len() as u64;
+            block_at = if usable { block_at } else { 0 };
+            block.fill(0);
+            if block_at != 0 {
+                medium.read(block_at, &mut block)?;
+            }
+        }
+        let named = u64::from(named);
+        let mut count = refcount(&block, shape.refcount_order, cluster % per_block);
+        report.used += u64::from(named > 0);
+        if count != named {
+            let leak = count > named;
+            if leak {
+                report.leaks += 1;
+            } else {
+                report.corrupt(
+                    "refcount is lower than the number of references",
+                    cluster << shape.cluster_bits,
+                );
+            }
+            let wanted = if leak { fix != Fix::Nothing } else { fix == Fix::All };
+            if wanted && block_at != 0 && named <= shape.refcount_max() {
+                let (at, bytes, length) =
+                    refcount_bytes(&block, shape.refcount_order, cluster % per_block, named);
+                put(&mut block, at, bytes.get(..length).unwrap_or_default());
+                changed = true;
+                count = named;
+                report.leaks_repaired += u64::from(leak);
+                report.corruptions_repaired += u64::from(!leak);
+            }
+        }
+        stored.push(crate::bytes::narrow(count));
+    }
+    write_block(medium, block_at, &block, changed)?;
+    Ok(stored)
+}
+
+fn write_block(medium: &mut dyn Medium, at: u64, block: &[u8], changed: bool) -> Result<(), Failure> {
+    if changed { medium.write(at, block) } else { Ok(()) }
+}
+
+/// Clusters that are counted behind the end of the file.
+fn check_behind(
+    medium: &mut dyn Medium,
+    header: &Header,
+    end: u64,
+    report: &mut Report,
+) -> Result<(), Failure> {
+    let shape = header.shape;
+    let per_block = shape.refcounts_per_block();
+    let (at, to) = header.reftable_range();
+    let mut table = alloc::vec![0; index(to - at)];
+    medium.read(at, &mut table)?;
+    let mut block = alloc::vec![0; index(shape.cluster_bytes())];
+    for (number, entry) in (0..).zip(table.chunks_exact(8).map(|entry| be64(entry, 0))) {
+        if entry == 0 || (number + 1) * per_block <= end || entry % shape.cluster_bytes() != 0 {
+            continue;
+        }
+        medium.read(entry, &mut block)?;
+        for cluster in end.max(number * per_block)..(number + 1) * per_block {
+            report.leaks += u64::from(refcount(&block, shape.refcount_order, cluster % per_block) != 0);
+        }
+    }
+    Ok(())
+}
+
+/// Removes the marks of what is repaired, once that is durable.
+fn unmark(medium: &mut dyn Medium, header: &Header, report: &Report) -> Result<(), Failure> {
+    medium.sync()?;
+    let sound = report.corruptions == report.corruptions_repaired;
+    let mut bits = header.incompatible;
+    if sound {
+        bits &= !(DIRTY | CORRUPT);
+    }
+    if header.shape.version >= 3 && bits != header.incompatible {
+        write_bytes(medium, field::INCOMPATIBLE as u64, &bits.to_be_bytes())?;
+        medium.sync()?;
+    }
+    Ok(())
+}
+
+/// Changes bytes within a sector.
+pub(crate) fn write_bytes(medium: &mut dyn Medium, at: u64, bytes: &[u8]) -> Result<(), Failure> {
+    let within = at % 512;
+    let mut sector = [0; 512];
+    medium.read(at - within, &mut sector)?;
+    put(&mut sector, index(within), bytes);
+    medium.write(at - within, &sector)
+}

@@ -1,0 +1,202 @@
+//! All that an image's metadata name, one reference after another: what checking, repairing and sizing are made of.
+
+use alloc::vec::Vec;
+
+use crate::bytes::{be16, be32, be64, index};
+use crate::error::{Corruption, Failure};
+use crate::medium::Medium;
+use crate::qcow2::header::{Header, bitmap_entries};
+use crate::qcow2::shape::{COPIED, Cluster, OFFSET};
+
+/// What a reference is of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Header, tables, directories.
+    Meta,
+    /// An L2 table, or a plain data cluster: its entry lies at `entry_at` and says whether it is the only one; `active` tree only.
+    Entry { entry_at: u64, copied: bool },
+    /// Part of a compressed cluster.
+    Packed,
+}
+
+/// Takes what a walk finds.
+pub(crate) trait Visitor {
+    /// `count` clusters from `first` on are named once.
+    fn reference(&mut self, first: u64, count: u64, kind: Kind);
+    /// Something cannot be followed.
+    fn wrong(&mut self, what: Corruption);
+}
+
+/// Snapshots' L1 tables are bounded like the active one.
+const L1_BYTES_MAX: u64 = 32 << 20;
+
+pub(crate) struct Walk<'a> {
+    pub(crate) medium: &'a mut dyn Medium,
+    pub(crate) header: &'a Header,
+    /// Clusters of the file.
+    pub(crate) end: u64,
+}
+
+impl Walk<'_> {
+    fn wrong(visitor: &mut dyn Visitor, what: &'static str, at_bytes: u64) {
+        visitor.wrong(Corruption { what, at_bytes });
+    }
+
+    fn clusters(&self, bytes: u64) -> u64 {
+        bytes.div_ceil(self.header.shape.cluster_bytes())
+    }
+
+    /// Names a range, if it lies in the file; says whether it does.
+    fn name(&self, visitor: &mut dyn Visitor, offset: u64, bytes: u64, kind: Kind, at_bytes: u64) -> bool {
+        let cluster = self.header.shape.cluster_bytes();
+        let count = self.clusters(bytes);
+        let first = offset / cluster;
+        if offset % cluster != 0 || first.saturating_add(count) > self.end {
+            Walk::wrong(visitor, "reference that is not aligned, or beyond the end of the file", at_bytes);
+            return false;
+        }
+        visitor.reference(first, count, kind);
+        true
+    }
+
+    fn read(&mut self, offset: u64, bytes: u64) -> Result<Vec<u8>, Failure> {
+        let mut out = alloc::vec![0; index(bytes)];
+        self.medium.read(offset, &mut out)?;
+        Ok(out)
+    }
+
+    /// Everything but data: header, refcounts, snapshots, bitmaps; then all trees.
+    pub(crate) fn all(&mut self, visitor: &mut dyn Visitor) -> Result<(), Failure> {
+        let header = self.header;
+        let cluster = header.shape.cluster_bytes();
+        self.name(visitor, 0, cluster, Kind::Meta, 0);
+        self.refcounts(visitor)?;
+        self.name(visitor, header.l1_offset, u64::from(header.l1_entries) * 8, Kind::Meta, 40);
+        self.tree(visitor, header.l1_offset, header.l1_entries, true)?;
+        self.snapshots(visitor)?;
+        self.bitmaps(visitor)
+    }
+
+    fn refcounts(&mut self, visitor: &mut dyn Visitor) -> Result<(), Failure> {
+        let (from, to) = self.header.reftable_range();
+        self.name(visitor, from, to - from, Kind::Meta, 48);
+        let table = self.read(from, to - from)?;
+        for (number, entry) in (0..).zip(table.chunks_exact(8).map(|entry| be64(entry, 0))) {
+            if entry != 0 {
+                self.name(visitor, entry, self.header.shape.cluster_bytes(), Kind::Meta, from + number * 8);
+            }
+        }
+        Ok(())
+    }
+
+    /// An L1 table and all below it.
+    fn tree(
+        &mut self,
+        visitor: &mut dyn Visitor,
+        l1: u64,
+        entries: u32,
+        active: bool,
+    ) -> Result<(), Failure> {
+        let cluster = self.header.shape.cluster_bytes();
+        let table = self.read(l1, u64::from(entries) * 8)?;
+        for (number, entry) in (0..).zip(table.chunks_exact(8).map(|entry| be64(entry, 0))) {
+            let (l2, entry_at) = (entry & OFFSET, l1 + number * 8);
+            if entry & !(OFFSET | COPIED) != 0 {
+                Walk::wrong(visitor, "reserved bits of an L1 entry", entry_at);
+            }
+            if l2 == 0 {
+                continue;
+            }
+            let kind =
+                if active { Kind::Entry { entry_at, copied: entry & COPIED != 0 } } else { Kind::Meta };
+            if self.name(visitor, l2, cluster, kind, entry_at) {
+                self.table(visitor, l2, active)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn table(&mut self, visitor: &mut dyn Visitor, l2: u64, active: bool) -> Result<(), Failure> {
+        let shape = self.header.shape;
+        let bytes = self.read(l2, shape.cluster_bytes())?;
+        let step = shape.entry_bytes();
+        for number in 0..shape.l2_entries() {
+            let within = index(number * step);
+            let (word, entry_at) = (be64(&bytes, within), l2 + number * step);
+            let bitmap = if shape.extended { be64(&bytes, within + 8) } else { 0 };
+            if word == 0 && bitmap == 0 {
+                continue;
+            }
+            match shape.cluster(word, bitmap, entry_at) {
+                Err(corruption) => visitor.wrong(corruption),
+                Ok(Cluster::Plain { host: 0, .. }) => {}
+                Ok(Cluster::Plain { host, copied, .. }) => {
+                    let kind = if active { Kind::Entry { entry_at, copied } } else { Kind::Meta };
+                    self.name(visitor, host, shape.cluster_bytes(), kind, entry_at);
+                }
+                Ok(Cluster::Packed { offset_bytes, bytes }) => {
+                    let first = offset_bytes >> shape.cluster_bits;
+                    let last = (offset_bytes + u64::from(bytes) - 1) >> shape.cluster_bits;
+                    if last >= self.end {
+                        Walk::wrong(visitor, "compressed cluster beyond the end of the file", entry_at);
+                    } else {
+                        visitor.reference(first, last - first + 1, Kind::Packed);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn snapshots(&mut self, visitor: &mut dyn Visitor) -> Result<(), Failure> {
+        let start = self.header.snapshots_offset;
+        let mut at = start;
+        for _ in 0..self.header.snapshots {
+            let entry = self.read(at, 40)?;
+            let (l1, entries) = (be64(&entry, 0), be32(&entry, 8));
+            let names = u64::from(be16(&entry, 12)) + u64::from(be16(&entry, 14));
+            let length = 40 + u64::from(be32(&entry, 36)) + names;
+            if length > 1 << 20 || u64::from(entries) * 8 > L1_BYTES_MAX || at - start > 64 << 20 {
+                Walk::wrong(visitor, "snapshot table entry", at);
+                return Ok(());
+            }
+            if self.name(visitor, l1, u64::from(entries) * 8, Kind::Meta, at) {
+                self.tree(visitor, l1, entries, false)?;
+            }
+            at += length.next_multiple_of(8);
+        }
+        if at > start {
+            self.name(visitor, start, at - start, Kind::Meta, 64);
+        }
+        Ok(())
+    }
+
+    /// Bitmaps count as long as the header names them, as with qemu: also when they are not to be trusted.
+    fn bitmaps(&mut self, visitor: &mut dyn Visitor) -> Result<(), Failure> {
+        let trusted = self.header.autoclear & crate::qcow2::header::BITMAPS_CONSISTENT != 0;
+        let Some(bitmaps) = self.header.bitmaps.filter(|_| trusted) else { return Ok(()) };
+        let at = bitmaps.directory_offset;
+        if !self.name(visitor, at, bitmaps.directory_bytes, Kind::Meta, at) {
+            return Ok(());
+        }
+        let directory = self.read(at, bitmaps.directory_bytes)?;
+        let cluster = self.header.shape.cluster_bytes();
+        for (entry, _) in bitmap_entries(&directory, bitmaps.count, at)? {
+            let (table, entries) = (be64(&directory, entry), be32(&directory, entry + 8));
+            if u64::from(entries) * 8 > L1_BYTES_MAX {
+                Walk::wrong(visitor, "bitmap table length", at + entry as u64);
+                continue;
+            }
+            let length = u64::from(entries) * 8;
+            if entries == 0 || !self.name(visitor, table, length, Kind::Meta, at + entry as u64) {
+                continue;
+            }
+            for word in self.read(table, length)?.chunks_exact(8).map(|word| be64(word, 0)) {
+                if word & OFFSET != 0 {
+                    self.name(visitor, word & OFFSET, cluster, Kind::Meta, table);
+                }
+            }
+        }
+        Ok(())
+    }
+}
