@@ -1,6 +1,7 @@
 //! VHD: fixed, dynamic and differencing. `docs/design/vhd.md` has the layout, the order of writes and the dialects.
 
 mod batmap;
+pub mod create;
 mod headers;
 mod layout;
 mod open;
@@ -70,6 +71,13 @@ impl Vhd {
     pub fn plant(&mut self, planted: Planted) {
         if let Some(space) = &mut self.space {
             space.planted = planted;
+        }
+    }
+
+    /// Saves the batmap whenever so many blocks have become full or vanished, instead of 256.
+    pub fn save_batmap_after(&mut self, blocks: u32) {
+        if let Some(space) = &mut self.space {
+            space.save_after = blocks.max(1);
         }
     }
 

@@ -49,6 +49,8 @@ pub(super) struct Saver {
     /// Two places for the map: it is written to the one that is not in use, and then the header, in one sector, points to it. Where an
     /// image has room for one only, both are the same, and the map is saved when the image is closed, and never else.
     pub(super) places: [u64; 2],
+    /// Bytes of each.
+    pub(super) room_bytes: u64,
     /// Changes of the map since it was saved.
     pub(super) changes: u32,
     pub(super) stage: Stage,
@@ -70,6 +72,11 @@ impl Saver {
     /// The place that the next map goes to.
     pub(super) fn target(&self) -> u64 {
         if self.header.map_bytes() == self.places[0] { self.places[1] } else { self.places[0] }
+    }
+
+    /// The byte behind both places.
+    pub(super) fn end(&self) -> u64 {
+        self.places[0].max(self.places[1]) + self.room_bytes
     }
 
     pub(super) fn atomic(&self) -> bool {

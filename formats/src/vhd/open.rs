@@ -47,7 +47,13 @@ impl Vhd {
                 at_bytes: facts.length_bytes.saturating_sub(512),
             }));
         }
-        let layout = vhd.scan(medium, headers.blocks(), facts)?;
+        let mut layout = vhd.scan(medium, headers.blocks(), facts)?;
+        let saver = saver(&headers, &layout);
+        layout.find_gaps(saver.as_ref().map_or(0, Saver::end).div_ceil(SECTOR_BYTES));
+        if facts.grows && headers.footers.end {
+            // What another tool left free before its footer stays free.
+            layout.end_sector = layout.end_sector.max(facts.length_bytes / SECTOR_BYTES - 1);
+        }
         let exact = headers.footer.kind() == Kind::Differencing || !facts.grows || !facts.new_space_is_zero;
         let mut full = Full::new(vhd.full.bytes().to_vec(), u64::from(headers.blocks()).div_ceil(8));
         let mut changes = 0;
@@ -55,7 +61,11 @@ impl Vhd {
             changes += u32::from(full.set(block, false));
         }
         vhd.full = full;
-        vhd.space = Some(Space::new(&headers, facts, &layout, exact, saver(&headers, &layout, changes)));
+        let mut space = Space::new(&headers, facts, &layout, exact, saver);
+        if let Some(saver) = &mut space.saver {
+            saver.changes += changes;
+        }
+        vhd.space = Some(space);
         Ok(vhd)
     }
 
@@ -96,7 +106,6 @@ impl Vhd {
                 Some(what) => Err(Unsupported::Malformed(Corruption { what, at_bytes })),
             }
         })?;
-        layout.find_gaps();
         Ok(layout)
     }
 }
@@ -182,8 +191,10 @@ impl Layout {
         None
     }
 
-    fn find_gaps(&mut self) {
-        let mut end = self.first_sector;
+    /// Finds room for blocks between blocks, from a sector on that other things leave free.
+    fn find_gaps(&mut self, first_sector: u64) {
+        let mut end = self.first_sector.max(first_sector);
+        self.end_sector = self.end_sector.max(end);
         for &start in self.starts.iter().filter(|&&start| start != NO_BLOCK) {
             while self.gaps.len() < FREE_MAX && next_start(end) + self.stride <= u64::from(start) {
                 self.gaps.push(crate::bytes::narrow(next_start(end)));
@@ -196,7 +207,7 @@ impl Layout {
 }
 
 /// The batmap's places: the one it has, and the one that images of ours keep beside it, if nothing else lies there.
-fn saver(headers: &Headers, layout: &Layout, changes: u32) -> Option<Saver> {
+fn saver(headers: &Headers, layout: &Layout) -> Option<Saver> {
     let batmap = headers.batmap.as_ref()?;
     let room = u64::from(batmap.header.map_sectors()) * 512;
     let first = batmap.at_bytes + 512;
@@ -210,7 +221,8 @@ fn saver(headers: &Headers, layout: &Layout, changes: u32) -> Option<Saver> {
         header_bytes: batmap.at_bytes,
         used_bytes: super::layout::batmap_used_bytes(headers.footer.current_bytes()),
         places: [own, if free { other } else { own }],
-        changes: changes + u32::from(batmap.map.is_empty()),
+        room_bytes: room,
+        changes: u32::from(batmap.map.is_empty()),
         stage: Stage::Idle,
     })
 }

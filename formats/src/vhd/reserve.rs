@@ -11,8 +11,6 @@ use crate::bytes::{index, wide};
 use crate::error::Failure;
 use crate::format::{Context, Order, OrderKind, Step, Wait};
 
-/// Newly full blocks after which the batmap is saved: at most 128 KiB for 512 MiB of new data.
-const SAVE_AFTER: u32 = 256;
 /// Bytes of the batmap in an order.
 const MAP_PART: usize = 64 << 10;
 
@@ -24,7 +22,7 @@ impl Vhd {
         reclaim(space, cx);
         let made = make_ready(space, cx);
         let due = |space: &Space| {
-            space.saver.as_ref().is_some_and(|saver| saver.atomic() && saver.changes >= SAVE_AFTER)
+            space.saver.as_ref().is_some_and(|saver| saver.atomic() && saver.changes >= space.save_after)
         };
         let busy_saving = space.saver.as_ref().is_some_and(|saver| !matches!(saver.stage, Save::Idle));
         // The map is a hint: that it cannot be saved now is nobody's failure.
@@ -70,7 +68,7 @@ impl Vhd {
                         return Err(Wait::Busy);
                     }
                     if let Some(failure) = space.map_failed.take() {
-                        saver.changes = SAVE_AFTER;
+                        saver.changes += 1;
                         return Err(failure.into());
                     }
                     saver.stage = Save::Written(map);

@@ -19,6 +19,8 @@ pub(super) const FREED_MAX: usize = 256;
 /// Blocks made ready at a time: the first, and at most.
 const CHUNK_FIRST: usize = 4;
 const CHUNK_MAX: usize = 64;
+/// Newly full blocks after which the batmap is saved: at most 128 KiB for 512 MiB of new data.
+const SAVE_AFTER: u32 = 256;
 /// Bytes that blocks may take: sector numbers in the BAT have 32 bits, and all ones is taken.
 const BLOCKS_END: u64 = (u32::MAX as u64 - 4200) * SECTOR_BYTES;
 
@@ -124,6 +126,8 @@ pub(super) struct Space {
     pub(super) length_bytes: u64,
     /// The sector behind every block that is in use, ready or free.
     pub(super) end_sector: u64,
+    /// What it was when the image was opened.
+    pub(super) first_end: u64,
     pub(super) footer_stale: bool,
     pub(super) stride: u64,
     pub(super) ready: VecDeque<u32>,
@@ -139,6 +143,8 @@ pub(super) struct Space {
     pub(super) punching: u32,
     pub(super) pending: Vec<Pending>,
     pub(super) saver: Option<Saver>,
+    /// Newly full blocks after which the batmap is saved.
+    pub(super) save_after: u32,
     pub(super) map_outstanding: u32,
     pub(super) map_failed: Option<Failure>,
     pub(super) closing: Option<Closing>,
@@ -161,6 +167,7 @@ impl Space {
             zero_from: facts.length_bytes,
             length_bytes: facts.length_bytes,
             end_sector: layout.end_sector,
+            first_end: layout.end_sector,
             footer_stale: headers.footers.stale() || headers.footers.short || !headers.footers.copy,
             stride: headers.bitmap_sectors() + headers.block_bytes() / SECTOR_BYTES,
             ready: VecDeque::new(),
@@ -173,6 +180,7 @@ impl Space {
             punching: 0,
             pending: Vec::new(),
             saver,
+            save_after: SAVE_AFTER,
             map_outstanding: 0,
             map_failed: None,
             closing: None,
@@ -189,6 +197,7 @@ impl Space {
             zero_from: 0,
             length_bytes: 0,
             end_sector: 0,
+            first_end: 0,
             footer_stale: false,
             stride: 1,
             ready: VecDeque::new(),
@@ -201,6 +210,7 @@ impl Space {
             punching: 0,
             pending: Vec::new(),
             saver: None,
+            save_after: SAVE_AFTER,
             map_outstanding: 0,
             map_failed: None,
             closing: None,
@@ -302,7 +312,7 @@ impl Space {
             end = u64::from(start);
             unused.pop();
         }
-        end
+        if end == next_start(self.first_end) { self.first_end } else { end }
     }
 }
 

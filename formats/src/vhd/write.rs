@@ -52,6 +52,7 @@ impl Vhd {
         };
         Ok(Prepared::Allocated(Payout {
             extent: Extent { sector: extent.sector, sectors },
+            locked: Extent { sector: extent.sector, sectors },
             offset_bytes: self.data_bytes(start, spot.within),
             reads_zero,
             before,
