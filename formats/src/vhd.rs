@@ -1,6 +1,8 @@
 //! VHD: fixed, dynamic and differencing. `docs/design/vhd.md` has the layout, the order of writes and the dialects.
 
 mod batmap;
+pub mod change;
+pub mod check;
 pub mod create;
 mod headers;
 mod layout;

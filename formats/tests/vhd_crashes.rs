@@ -43,7 +43,7 @@ fn errors_and_full_media_corrupt_nothing() {
 /// Seeds until a planted bug is found, or `None`.
 fn found_at(planted: Planted, ledger: formats::ledger::Planted) -> Option<(u64, String)> {
     let crash = |seed| failure_of(|| assert!(run(seed, planted, ledger, false) > 0));
-    (0..300).find_map(|seed| crash(seed).map(|why| (seed, why)))
+    (0..150).find_map(|seed| crash(seed).map(|why| (seed, why)))
 }
 
 #[test]

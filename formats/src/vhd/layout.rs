@@ -242,6 +242,15 @@ impl Footer {
         self.seal();
     }
 
+    /// A disabled image's footer, with its cookie back.
+    #[must_use]
+    pub fn enabled(bytes: [u8; 512]) -> Footer {
+        let mut footer = Footer(bytes);
+        put(&mut footer.0, 0, COOKIE);
+        footer.seal();
+        footer
+    }
+
     fn seal(&mut self) {
         let sum = checksum(&self.0, 64);
         put(&mut self.0, 64, &sum.to_be_bytes());
@@ -374,6 +383,15 @@ impl Header {
         for (at, unit) in name.encode_utf16().take(255).enumerate() {
             put(&mut self.0, 64 + at * 2, &unit.to_be_bytes());
         }
+        for (at, locator) in locators.iter().take(8).enumerate() {
+            put(&mut self.0, 576 + at * 24, &locator.encode());
+        }
+        self.seal();
+    }
+
+    /// Takes what another header says of the parent, with the texts of the locators in other places.
+    pub(super) fn set_parent_like(&mut self, other: &Header, locators: &[Locator]) {
+        self.0[40..576].copy_from_slice(&other.0[40..576]);
         for (at, locator) in locators.iter().take(8).enumerate() {
             put(&mut self.0, 576 + at * 24, &locator.encode());
         }

@@ -69,7 +69,7 @@ impl Vhd {
         Ok(vhd)
     }
 
-    fn of_headers(headers: &Headers) -> Vhd {
+    pub(super) fn of_headers(headers: &Headers) -> Vhd {
         let map = headers.batmap.as_ref().map_or_else(Vec::new, |batmap| batmap.map.clone());
         Vhd {
             kind: headers.footer.kind(),

@@ -47,7 +47,7 @@ impl Vhd {
                     saver.stage = Save::Copied(map, cx.stamp());
                 }
                 Save::Copied(map, stamp) => {
-                    if !cx.durable(stamp) && !planted.no_batmap_wait {
+                    if !planted.no_batmap_wait && !cx.durable(stamp) {
                         saver.stage = Save::Copied(map, stamp);
                         return Err(Wait::Busy);
                     }
@@ -137,7 +137,7 @@ pub(super) fn make_ready(space: &mut Space, cx: &mut Context<'_>) -> Step<()> {
             Stage::Zeroing => write_bitmaps(space, cx),
             Stage::Bitmaps => chunk.stage = Stage::Sync(cx.tick()),
             Stage::Sync(tick) => {
-                if !cx.synced(tick) && !space.planted.no_reserve_sync {
+                if !space.planted.no_reserve_sync && !cx.synced(tick) {
                     return Err(Wait::Busy);
                 }
                 end(space);

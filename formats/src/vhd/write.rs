@@ -234,7 +234,7 @@ impl Vhd {
                     space.closing = Some(Closing::Settling(cx.stamp()));
                 }
                 Some(Closing::Settling(stamp)) => {
-                    if !cx.durable(stamp) && !space.planted.no_close_wait {
+                    if !space.planted.no_close_wait && !cx.durable(stamp) {
                         return Err(Wait::Busy);
                     }
                     space.closing = Some(Closing::Batmap);
