@@ -208,8 +208,10 @@ pub struct Disk {
     working: bool,
     /// The page that the last question needs.
     awaited: Option<PageRef>,
-    /// A page could not be written or read for the format: nothing is tried before the next request.
+    /// The format could not go on: it is not asked before the next request.
     paused: bool,
+    /// A page could not be written: none is tried before the next request.
+    pages_paused: bool,
     /// Why.
     failure: Failure,
     closing: Option<settle::Closing>,
@@ -251,6 +253,7 @@ impl Disk {
             working: false,
             awaited: None,
             paused: false,
+            pages_paused: false,
             failure: Failure::Io(0),
             closing: None,
             closed: None,
@@ -280,6 +283,7 @@ impl Disk {
     /// Takes a request. False when it has to wait until another has its outcome.
     pub fn submit(&mut self, pages: &mut Pages, request: Request) -> bool {
         self.paused = false;
+        self.pages_paused = false;
         if request.op == Op::Flush {
             if self.epochs.flushes() >= self.limits.requests {
                 return false;
@@ -346,6 +350,7 @@ impl Disk {
     /// [`Disk::closed`]. After a failure it can be tried again.
     pub fn close(&mut self, pages: &mut Pages) {
         self.paused = false;
+        self.pages_paused = false;
         self.closed = None;
         self.closing = Some(settle::Closing::Format);
         self.poke = true;

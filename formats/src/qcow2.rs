@@ -5,6 +5,8 @@
 //! durable entry names it and no request that could have seen one is left.
 
 pub mod header;
+pub mod map;
+pub mod resize;
 pub mod shape;
 
 pub mod check;
@@ -52,8 +54,8 @@ pub struct Planted {
     pub no_reftable_barrier: bool,
     /// A refcount table entry does not wait for its block.
     pub no_block_barrier: bool,
-    /// The dirty bit is not waited for.
-    pub no_dirty_barrier: bool,
+    /// The dirty bit is not set.
+    pub no_dirty_bit: bool,
     /// The dirty bit is cleared before refcounts are durable.
     pub no_clean_barrier: bool,
     /// A discarded cluster becomes unallocated although there is a parent.

@@ -8,21 +8,49 @@ use support::rng::{Rng, seeds};
 use support::sweep::{Weather, failure_of};
 use support::world::{Setup, World};
 
-fn run(seed: u64, planted: Planted, ledger: formats::ledger::Planted, weather: bool) -> u64 {
+/// One seed: random requests, and `per_step` crashes after each piece of work.
+fn run(seed: u64, plan: &Plan) -> u64 {
     let mut rng = Rng::new(seed);
-    let setup = Setup::random(&mut rng);
-    let mut world = World::new(seed, setup, planted);
-    world.driver.disk.plant(ledger);
+    let mut setup = Setup::random(&mut rng);
+    if let Some(far) = plan.far {
+        setup = (1..).map(|_| Setup::random(&mut rng)).find(|setup| setup.far == far).unwrap();
+    }
+    let mut world = World::new(seed, setup, plan.planted);
+    world.driver.disk.plant(plan.ledger);
+    world.driver.lazy |= plan.lazy;
+    world.setup.depth = world.setup.depth.max(plan.depth);
     let mut bad = Weather { one_in: 10 + rng.below(40), full: rng.one_in(2) };
-    world.sweep(160, 3, weather.then_some(&mut bad));
+    world.sweep(plan.steps, plan.per_step, plan.weather.then_some(&mut bad));
     world.crashes
+}
+
+#[derive(Clone, Copy)]
+struct Plan {
+    planted: Planted,
+    ledger: formats::ledger::Planted,
+    weather: bool,
+    steps: u64,
+    per_step: u64,
+    /// Only setups in which refcount tables grow, or none of them.
+    far: Option<bool>,
+    /// Transfers of guests' own memory take longest.
+    lazy: bool,
+    /// Requests in flight, at least.
+    depth: u64,
+}
+
+impl Plan {
+    fn new() -> Plan {
+        let (planted, ledger) = (Planted::default(), formats::ledger::Planted::default());
+        Plan { planted, ledger, weather: false, steps: 160, per_step: 3, far: None, lazy: false, depth: 1 }
+    }
 }
 
 fn sweep(count: u64, weather: bool) {
     let mut crashes = 0;
     for seed in seeds(count) {
         println!("VBDD_SEED={seed} {:?}", Setup::random(&mut Rng::new(seed)));
-        crashes += run(seed, Planted::default(), formats::ledger::Planted::default(), weather);
+        crashes += run(seed, &Plan { weather, ..Plan::new() });
     }
     println!("{crashes} crash points");
 }
@@ -37,41 +65,48 @@ fn errors_and_full_media_corrupt_nothing() {
     sweep(40, true);
 }
 
-/// Seeds until a planted bug is found, or `None`.
-fn found_at(planted: Planted, ledger: formats::ledger::Planted) -> Option<(u64, String)> {
-    let crash = |seed| failure_of(|| assert!(run(seed, planted, ledger, false) > 0));
-    (0..400).find_map(|seed| crash(seed).map(|why| (seed, why)))
+/// The seed that finds a planted bug, and how, or `None`.
+fn found_at(plan: &Plan) -> Option<(u64, String)> {
+    let crash = |seed| failure_of(|| assert!(run(seed, plan) > 0));
+    (0..600).find_map(|seed| crash(seed).map(|why| (seed, why)))
 }
 
 #[test]
 fn planted_bugs_are_found() {
     std::panic::set_hook(Box::new(|_| {}));
     let none = Planted::default();
+    let near = Plan { far: Some(false), ..Plan::new() };
+    let far = Plan { far: Some(true), steps: 260, per_step: 6, ..Plan::new() };
+    // What only requests in flight can notice needs many of them, and no crash.
+    let busy = Plan { per_step: 1, steps: 400, lazy: true, depth: 24, ..near };
     let formats = [
-        ("no_data_barrier", Planted { no_data_barrier: true, ..none }),
-        ("no_refcount_barrier", Planted { no_refcount_barrier: true, ..none }),
-        ("no_free_barrier", Planted { no_free_barrier: true, ..none }),
-        ("no_free_grace", Planted { no_free_grace: true, ..none }),
-        ("no_table_barrier", Planted { no_table_barrier: true, ..none }),
-        ("no_reftable_barrier", Planted { no_reftable_barrier: true, ..none }),
-        ("no_block_barrier", Planted { no_block_barrier: true, ..none }),
-        ("no_dirty_barrier", Planted { no_dirty_barrier: true, ..none }),
-        ("no_clean_barrier", Planted { no_clean_barrier: true, ..none }),
-        ("no_switch_barrier", Planted { no_switch_barrier: true, ..none }),
-        ("discard_shows_parent", Planted { discard_shows_parent: true, ..none }),
-    ];
+        ("no_data_barrier", near, Planted { no_data_barrier: true, ..none }),
+        ("no_refcount_barrier", near, Planted { no_refcount_barrier: true, ..none }),
+        ("no_free_barrier", near, Planted { no_free_barrier: true, ..none }),
+        ("no_free_grace", busy, Planted { no_free_grace: true, ..none }),
+        ("no_table_barrier", near, Planted { no_table_barrier: true, ..none }),
+        ("no_reftable_barrier", far, Planted { no_reftable_barrier: true, ..none }),
+        ("no_block_barrier", far, Planted { no_block_barrier: true, ..none }),
+        ("no_switch_barrier", far, Planted { no_switch_barrier: true, ..none }),
+        ("no_dirty_bit", near, Planted { no_dirty_bit: true, ..none }),
+        ("no_clean_barrier", near, Planted { no_clean_barrier: true, ..none }),
+        ("discard_shows_parent", near, Planted { discard_shows_parent: true, ..none }),
+    ]
+    .map(|(name, plan, planted)| (name, Plan { planted, ..plan }));
     let ledger = formats::ledger::Planted::default();
     let ledgers = [
         ("no_tick", formats::ledger::Planted { no_tick: true, ..ledger }),
         ("no_sync_after_pages", formats::ledger::Planted { no_sync_after_pages: true, ..ledger }),
         ("no_flush", formats::ledger::Planted { no_flush: true, ..ledger }),
         ("no_flush_pages", formats::ledger::Planted { no_flush_pages: true, ..ledger }),
-    ];
+    ]
+    .map(|(name, ledger)| (name, Plan { ledger, ..near }));
     let mut missed = Vec::new();
-    let all = formats.map(|(name, planted)| (name, planted, ledger)).into_iter();
-    for (name, planted, ledger) in all.chain(ledgers.map(|(name, ledger)| (name, none, ledger))) {
-        match found_at(planted, ledger) {
-            Some((seed, why)) => println!("{name}: found with seed {seed}: {why}"),
+    for (name, plan) in formats.into_iter().chain(ledgers) {
+        match found_at(&plan) {
+            Some((seed, why)) => {
+                println!("{name}: found with seed {seed}: {}", why.chars().take(120).collect::<String>())
+            }
             None => missed.push(name),
         }
     }

@@ -262,6 +262,7 @@ impl Disk {
     /// A page could not be written, or a sync failed: flushes that wait fail.
     fn pages_failed(&mut self, failure: Failure) {
         self.paused = true;
+        self.pages_paused = true;
         self.shared.ledger.want_nothing();
         while let Some((token, _, _)) = self.epochs.syncing.pop_front() {
             self.outcomes.push_back(Outcome { token, result: Err(failure) });
@@ -280,6 +281,9 @@ impl Disk {
     }
 
     fn end_flushes(&mut self) {
+        if self.pages_paused {
+            return self.pages_failed(self.failure);
+        }
         let ledger = &self.shared.ledger;
         let planted = ledger.planted;
         while let Some((token, ..)) = self.epochs.syncing.pop_front_if(|(_, stamp, tick)| {
@@ -294,7 +298,7 @@ impl Disk {
 
     /// Starts what the ledger wants to write.
     fn write_pages(&mut self, pages: &mut Pages) {
-        if self.paused {
+        if self.pages_paused {
             return;
         }
         if let Some(&(_, stamp, tick)) = self.epochs.syncing.back() {

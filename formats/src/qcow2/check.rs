@@ -29,7 +29,9 @@ pub struct Report {
     pub leaks: u64,
     /// Contradictions that endanger data.
     pub corruptions: u64,
-    /// The first of them.
+    /// Those of them that are entries which cannot be followed: with any of these, nothing is repaired.
+    pub structural: u64,
+    /// The first of all.
     pub findings: Vec<Corruption>,
     /// Leaks that were repaired.
     pub leaks_repaired: u64,
@@ -83,6 +85,7 @@ impl Visitor for Counter<'_> {
 
     fn wrong(&mut self, what: Corruption) {
         if let Some(report) = self.report.as_mut() {
+            report.structural += 1;
             report.corrupt(what.what, what.at_bytes);
         }
     }
@@ -142,6 +145,9 @@ fn check_window(
     let mut counter = Counter { from, counts, report: first.then_some(&mut *report) };
     Walk { medium, header, end }.all(&mut counter)?;
     let counts = counter.counts;
+    // What cannot be followed may be anything: nothing is written on the strength of it.
+    let structural = report.structural;
+    let fix = if structural > 0 { Fix::Nothing } else { fix };
     let stored = compare(medium, header, (from, &counts), fix, report)?;
     // Marks are judged by the refcounts that are there after the repair.
     let mut marks = Marks { from, counts: stored, wrong: Vec::new() };
@@ -204,7 +210,10 @@ fn compare(
                     cluster << shape.cluster_bits,
                 );
             }
-            let wanted = if leak { fix != Fix::Nothing } else { fix == Fix::All };
+            // A block that is something else too is not written.
+            let within = (block_at >> shape.cluster_bits).checked_sub(from).map(index);
+            let alone = within.and_then(|at| counts.get(at)).is_none_or(|count| *count == 1);
+            let wanted = alone && if leak { fix != Fix::Nothing } else { fix == Fix::All };
             if wanted && block_at != 0 && named <= shape.refcount_max() {
                 let (at, bytes, length) =
                     refcount_bytes(&block, shape.refcount_order, cluster % per_block, named);

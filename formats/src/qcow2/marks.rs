@@ -46,8 +46,6 @@ pub(super) struct Marks {
     reftable: Option<(u64, u32)>,
     reftable_written: bool,
     reftable_switched: bool,
-    /// The dirty bit is not waited for: a planted bug.
-    pub(super) hasty: bool,
 }
 
 impl Marks {
@@ -65,8 +63,12 @@ impl Marks {
             reftable: None,
             reftable_written: false,
             reftable_switched: false,
-            hasty: false,
         }
+    }
+
+    /// The image is not marked as being open: a planted bug.
+    pub(super) fn leave_out(&mut self, planted: bool) {
+        self.open |= planted;
     }
 
     /// Something is to be written.
@@ -76,7 +78,7 @@ impl Marks {
 
     /// Whether the image is marked as being open.
     pub(super) fn ready(&self) -> bool {
-        self.open || self.hasty
+        self.open
     }
 
     /// Whether anything can have been written.

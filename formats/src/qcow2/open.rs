@@ -98,7 +98,7 @@ impl Qcow2 {
 
     /// Leaves out orders, for tests that must notice.
     pub fn plant(&mut self, planted: Planted) {
-        self.marks.hasty = planted.no_dirty_barrier;
+        self.marks.leave_out(planted.no_dirty_bit);
         self.planted = planted;
     }
 }

@@ -29,6 +29,8 @@ pub struct Driver<M> {
     pub outcomes: Vec<Outcome>,
     pub rng: Rng,
     pub done: u64,
+    /// Transfers of guests' own memory take longest.
+    pub lazy: bool,
 }
 
 /// What the driver needs besides [`Medium`]: syncs that take time.
@@ -68,6 +70,7 @@ impl<M: SlowSync> Driver<M> {
             outcomes: Vec::new(),
             rng: Rng::new(seed),
             done: 0,
+            lazy: false,
         }
     }
 
@@ -111,7 +114,11 @@ impl<M: SlowSync> Driver<M> {
         if self.in_flight.is_empty() {
             return false;
         }
-        let at = self.rng.below(self.in_flight.len() as u64) as usize;
+        let mut at = self.rng.below(self.in_flight.len() as u64) as usize;
+        if self.lazy && !self.rng.one_in(12) {
+            let own = |(work, _): &(Work, usize)| !matches!(work.payload, Payload::Guest { .. });
+            at = self.in_flight.iter().position(own).unwrap_or(at);
+        }
         let (work, covered) = self.in_flight.swap_remove(at);
         self.done += 1;
         let result = match faults.strike(&work, &mut self.rng) {

@@ -4,6 +4,7 @@
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_possible_wrap)]
 
 pub mod driver;
+pub mod file;
 pub mod medium;
 pub mod oracle;
 pub mod rng;

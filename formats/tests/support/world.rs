@@ -23,22 +23,28 @@ pub struct Setup {
     pub pages: usize,
     pub depth: u64,
     pub reserve_bytes: u64,
+    /// The file is so long from the start that refcount blocks and a longer refcount table are needed soon.
+    pub far: bool,
 }
 
 impl Setup {
     pub fn random(rng: &mut Rng) -> Setup {
+        let far = rng.one_in(6);
         let version = if rng.one_in(4) { 2 } else { 3 };
         let extended = version == 3 && rng.one_in(4);
         let cluster_bits = if extended { 14 } else { *rng.pick(&[9, 9, 9, 10, 12]) };
         let refcount_order = if version == 2 { 4 } else { *rng.pick(&[0, 1, 2, 3, 4, 4, 5, 6]) };
-        let shape = Shape { version, cluster_bits, extended, refcount_order };
-        let sectors = match cluster_bits {
+        let mut shape = Shape { version, cluster_bits, extended, refcount_order };
+        if far {
+            shape = Shape { version: 3, cluster_bits: 9, extended: false, refcount_order: 6 };
+        }
+        let sectors = match shape.cluster_bits {
             9 => 60 + rng.below(140),
             14 => 128 + rng.below(128),
             _ => 64 + rng.below(200),
         };
         let parents = (0..rng.below(3)).map(|_| sectors / 2 + rng.below(sectors)).collect();
-        let device = rng.one_in(5);
+        let device = !far && rng.one_in(5);
         Setup {
             shape,
             sectors,
@@ -49,6 +55,7 @@ impl Setup {
             pages: 8 + rng.below(24) as usize,
             depth: 1 + rng.below(12),
             reserve_bytes: 4096 << rng.below(4),
+            far,
         }
     }
 
@@ -152,9 +159,15 @@ impl World {
         let size_bytes = setup.sectors * 512;
         let what = Create { shape: setup.shape, size_bytes, backing, compression: Compression::Zlib };
         create(&mut leaf, &what).unwrap();
+        if setup.far {
+            let entries_times_counts = 64 * 64;
+            leaf.set_length((entries_times_counts - rng.below(40)) * 512).unwrap();
+            leaf.sync().unwrap();
+        }
         let parents: Vec<_> =
             parents.into_iter().zip(1..).map(|((medium, _), number)| (number, medium)).collect();
-        let driver = open(&setup, leaf, &parents, seed, planted);
+        let mut driver = open(&setup, leaf, &parents, seed, planted);
+        driver.lazy = rng.one_in(3);
         let requests = HashMap::new();
         World {
             setup,

@@ -155,6 +155,9 @@ impl Qcow2 {
         self.reftable =
             Table { offset_bytes: (new.first + new.blocks) << bits, entries: (new.clusters << bits) / 8 };
         self.space.free(cx, old, count);
+        if self.planted.no_switch_barrier {
+            self.space.frees.iter_mut().for_each(|freed| freed.gone = Stamp(0));
+        }
         Ok(())
     }
 

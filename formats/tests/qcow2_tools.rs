@@ -1,0 +1,194 @@
+//! Creating, checking, repairing, resizing and mapping images, with qemu as the judge.
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
+#![allow(clippy::cast_possible_truncation)]
+
+mod support;
+
+use formats::qcow2::check::{Fix, check};
+use formats::qcow2::create::{Create, create};
+use formats::qcow2::header::{DIRTY, Header};
+use formats::qcow2::map::{map, usage};
+use formats::qcow2::resize::{grow, trim};
+use formats::qcow2::{Compression, Shape};
+use formats::{Medium, Place};
+use support::file::{FileMedium, Scratch, has_qemu, run, tool};
+use support::medium::SimMedium;
+
+fn shapes() -> Vec<Shape> {
+    let mut out = Vec::new();
+    for cluster_bits in [9, 10, 12, 14, 16, 21] {
+        out.push(Shape { version: 2, cluster_bits, extended: false, refcount_order: 4 });
+        for refcount_order in 0..=6 {
+            for extended in [false, true] {
+                if !extended || cluster_bits >= 14 {
+                    out.push(Shape { version: 3, cluster_bits, extended, refcount_order });
+                }
+            }
+        }
+    }
+    out
+}
+
+#[test]
+fn qemu_accepts_what_is_created_and_what_has_grown() {
+    if !has_qemu() {
+        return;
+    }
+    let dir = Scratch::new("created");
+    let mut count = 0;
+    for shape in shapes() {
+        for compression in [Compression::Zlib, Compression::Zstd] {
+            if compression == Compression::Zstd && shape.version < 3 {
+                continue;
+            }
+            let mut medium = FileMedium::create(&dir.path("leaf.qcow2"));
+            let what = Create { shape, compression, ..Create::new(1_000_448) };
+            create(&mut medium, &what).unwrap();
+            let text = run(&dir, "qemu-img", &["check", "-f", "qcow2", "leaf.qcow2"]);
+            assert!(text.contains("No errors"), "{shape:?}: {text}");
+            run(&dir, "qemu-io", &["-f", "qcow2", "-c", "write -P 3 4k 300k", "leaf.qcow2"]);
+            for size in [1_000_448, 1_500_160, 40 << 20, 3 << 30] {
+                if size / (shape.l2_covers_bytes()) * 8 > 32 << 20 {
+                    continue;
+                }
+                grow(&mut medium, size).unwrap();
+                let (code, text) = tool(&dir, "qemu-img", &["check", "-f", "qcow2", "leaf.qcow2"]);
+                assert_eq!(code, 0, "{shape:?} grown to {size}: {text}");
+                let report = check(&mut medium, Fix::Nothing).unwrap();
+                assert!(report.is_clean() && report.leaks == 0, "{report:?}");
+            }
+            let text = run(&dir, "qemu-io", &["-f", "qcow2", "-c", "read -P 3 4k 300k", "leaf.qcow2"]);
+            assert!(!text.contains("failed"), "{shape:?}: {text}");
+            count += 1;
+        }
+    }
+    println!("{count} kinds of images");
+    let backing = Some(("other.raw".to_owned(), "raw".to_owned()));
+    run(&dir, "qemu-img", &["create", "-q", "-f", "raw", "other.raw", "1M"]);
+    create(&mut FileMedium::create(&dir.path("leaf.qcow2")), &Create { backing, ..Create::new(1 << 20) })
+        .unwrap();
+    let text = run(&dir, "qemu-img", &["info", "leaf.qcow2"]);
+    assert!(text.contains("backing file: other.raw") && text.contains("backing file format: raw"), "{text}");
+}
+
+#[test]
+fn checking_agrees_with_qemu_on_damaged_images() {
+    if !has_qemu() {
+        return;
+    }
+    let dir = Scratch::new("damaged");
+    run(&dir, "qemu-img", &["create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", "sound.qcow2", "8M"]);
+    run(
+        &dir,
+        "qemu-io",
+        &["-f", "qcow2", "-c", "write -P 3 64k 300k", "-c", "write -P 4 4M 100k", "sound.qcow2"],
+    );
+    let sound = std::fs::read(dir.path("sound.qcow2")).unwrap();
+    let word = |at: usize| u64::from_be_bytes(sound[at..at + 8].try_into().unwrap());
+    let l1 = word(40) as usize;
+    let l2 = (word(l1) & 0x00ff_ffff_ffff_fe00) as usize;
+    let block = word(word(48) as usize) as usize;
+    let used = (0..512).map(|n| l2 + n * 8).find(|at| word(*at) != 0).unwrap();
+    let cluster = ((word(used) & 0x00ff_ffff_ffff_fe00) / 4096) as usize;
+    let no_entry = |bytes: &mut Vec<u8>| bytes[used..used + 8].fill(0);
+    let no_count = |bytes: &mut Vec<u8>| bytes[block + cluster * 2..][..2].fill(0);
+    let more = |bytes: &mut Vec<u8>| bytes[block + cluster * 2 + 1] = 3;
+    let unmarked = |bytes: &mut Vec<u8>| bytes[used] &= 0x7f;
+    type Damage<'a> = &'a dyn Fn(&mut Vec<u8>);
+    let damages: [(&str, Damage<'_>, bool, i32); 4] = [
+        ("leak", &no_entry, true),
+        ("no count", &no_count, false),
+        ("too high", &more, true),
+        ("mark", &unmarked, false),
+    ];
+    for (name, damage, leak, code) in damages {
+        let mut bytes = sound.clone();
+        damage(&mut bytes);
+        std::fs::write(dir.path("bad.qcow2"), &bytes).unwrap();
+        let (theirs, text) = tool(&dir, "qemu-img", &["check", "-f", "qcow2", "bad.qcow2"]);
+        let mut medium = FileMedium::open(&dir.path("bad.qcow2"), true);
+        let report = check(&mut medium, Fix::Nothing).unwrap();
+        assert_eq!(theirs, code, "{name}: {text}");
+        assert_eq!(report.leaks > 0, leak, "{name}: {report:?}");
+        assert_eq!(report.corruptions > 0, theirs == 2, "{name}: {report:?}");
+        let report = check(&mut medium, Fix::All).unwrap();
+        assert!(report.is_clean(), "{name}: {report:?}");
+        let (code, text) = tool(&dir, "qemu-img", &["check", "-f", "qcow2", "bad.qcow2"]);
+        assert_eq!(code, 0, "{name} after the repair: {text}");
+    }
+}
+
+#[test]
+fn a_dirty_image_is_refused_and_opens_after_the_repair() {
+    let mut medium = SimMedium::file();
+    create(&mut medium, &Create::new(1 << 20)).unwrap();
+    let options = formats::qcow2::Options { writable: true, ..Default::default() };
+    let mut byte = [0; 512];
+    medium.read(0, &mut byte).unwrap();
+    byte[79] |= DIRTY as u8;
+    medium.write(0, &byte).unwrap();
+    assert!(formats::Qcow2::open(&mut medium, options).is_err());
+    assert!(
+        formats::Qcow2::open(&mut medium, formats::qcow2::Options::default()).is_ok(),
+        "reading is harmless"
+    );
+    check(&mut medium, Fix::Leaks).unwrap();
+    assert!(formats::Qcow2::open(&mut medium, options).is_ok());
+}
+
+#[test]
+fn the_map_says_what_qemu_says() {
+    if !has_qemu() {
+        return;
+    }
+    let dir = Scratch::new("mapped");
+    for options in ["cluster_size=64k", "cluster_size=4k", "cluster_size=64k,extended_l2=on"] {
+        run(&dir, "qemu-img", &["create", "-q", "-f", "qcow2", "-o", options, "leaf.qcow2", "300M"]);
+        let commands = ["write -P 1 1M 3M", "write -z 10M 1M", "write -P 2 299M 1M", "write -P 5 120k 4k"];
+        let mut arguments = vec!["-f", "qcow2"];
+        commands.iter().for_each(|command| arguments.extend(["-c", command]));
+        arguments.push("leaf.qcow2");
+        run(&dir, "qemu-io", &arguments);
+        let theirs = run(&dir, "qemu-img", &["map", "--output=json", "-f", "qcow2", "leaf.qcow2"]);
+        // `"start": N, "length": N, … "data": true, "offset": N`
+        let number = |line: &str, name: &str| -> Option<u64> {
+            let rest = line.split(&format!("\"{name}\": ")).nth(1)?;
+            rest.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
+        };
+        let theirs: Vec<_> = theirs
+            .lines()
+            .filter(|line| line.contains("\"data\": true"))
+            .map(|line| {
+                (
+                    number(line, "start").unwrap(),
+                    number(line, "length").unwrap(),
+                    number(line, "offset").unwrap(),
+                )
+            })
+            .collect();
+        let mut medium = FileMedium::open(&dir.path("leaf.qcow2"), false);
+        let header = Header::read(&mut medium).unwrap();
+        let (mut ours, mut end) = (Vec::new(), 0);
+        map(&mut medium, &header, &mut |sector, run| {
+            assert_eq!(sector, end, "runs adjoin");
+            end = sector + run.sectors;
+            if let Place::Data { offset_bytes } = run.place {
+                ours.push((sector * 512, run.sectors * 512, offset_bytes));
+            }
+        })
+        .unwrap();
+        assert_eq!((&ours, end * 512), (&theirs, 300 << 20), "{options}");
+        let usage = usage(&mut medium, &header).unwrap();
+        assert_eq!(usage.data_bytes, theirs.iter().map(|run| run.1).sum::<u64>());
+    }
+}
+
+#[test]
+fn trimming_cuts_what_nobody_uses() {
+    let mut medium = SimMedium::file();
+    create(&mut medium, &Create::new(1 << 20)).unwrap();
+    let length = medium.length_bytes();
+    medium.set_length(length + (10 << 20)).unwrap();
+    assert_eq!(trim(&mut medium).unwrap(), length);
+    assert_eq!(medium.length_bytes(), length);
+}
