@@ -59,6 +59,7 @@ pub struct Model<'a> {
     entries: u64,
     /// Map, if its checksum is right; where its header lies.
     pub batmap: Option<Vec<u8>>,
+    pub has_batmap: bool,
     pub end_of_headers: u64,
     pub bat: Vec<u64>,
 }
@@ -87,7 +88,8 @@ impl<'a> Model<'a> {
         let map_header_at = table + (entries * 4).next_multiple_of(512);
         let map_header = image.at(map_header_at / 512);
         let mut batmap = None;
-        if &map_header[..8] == b"tdbatmap" {
+        let has_batmap = &map_header[..8] == b"tdbatmap";
+        if has_batmap {
             let (map_at, sectors) = (number(&map_header[8..16]), number(&map_header[16..20]));
             end = end.max(map_header_at + 512).max(map_at + sectors * 512);
             let used = (blocks / 8).div_ceil(512).max(1);
@@ -98,7 +100,18 @@ impl<'a> Model<'a> {
             end = end.max(number(&header[place + 16..place + 24]) + number(&header[place + 4..place + 8]));
         }
         let differencing = number(&footer[60..64]) == 4;
-        Model { image, footer, blocks, differencing, table, entries, batmap, end_of_headers: end, bat }
+        Model {
+            image,
+            footer,
+            blocks,
+            differencing,
+            table,
+            entries,
+            batmap,
+            has_batmap,
+            end_of_headers: end,
+            bat,
+        }
     }
 
     fn bitmap(&self, block: u64) -> Option<Sector> {
@@ -150,9 +163,10 @@ impl<'a> Model<'a> {
         for (block, &start) in self.bat.iter().enumerate().filter(|(_, start)| **start != 0xffff_ffff) {
             assert!(start + 4097 <= end, "block {block} clobbers the footer");
         }
-        let map = self.batmap.as_ref().expect("a batmap with a right checksum");
+        assert!(!self.has_batmap || self.batmap.is_some(), "the batmap's checksum is wrong");
         for block in 0..self.blocks {
-            let full = map[(block / 8) as usize] & 0x80 >> (block % 8) > 0;
+            let map = self.batmap.as_ref();
+            let full = map.is_some_and(|map| map[(block / 8) as usize] & 0x80 >> (block % 8) > 0);
             assert!(!full || self.bat[block as usize] != 0xffff_ffff, "unallocated block {block} shown full");
         }
         for entry in self.blocks..self.entries {

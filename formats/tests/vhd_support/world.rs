@@ -26,6 +26,8 @@ pub struct Setup {
     pub pages: usize,
     pub depth: u64,
     pub save_after: u32,
+    /// With a batmap, as blktap and we make images; without, as all others do.
+    pub batmap: bool,
 }
 
 impl Setup {
@@ -41,6 +43,7 @@ impl Setup {
             pages: 10 + rng.below(24) as usize,
             depth: 1 + rng.below(12),
             save_after: 1 + rng.below(3) as u32,
+            batmap: !rng.one_in(4),
         }
     }
 
@@ -158,7 +161,12 @@ impl World {
         let named =
             (setup.parents > 0).then(|| Parent { uuid: Some([9; 16]), timestamp: 0, path: "./p.vhd".into() });
         let device = setup.device.then_some((setup.blocks + 3) * (BLOCK + 8) * 512 + (64 << 10));
-        let leaf = blank(setup.kind(), setup.blocks, setup.room, device, setup.dirty_file, named);
+        let mut leaf = blank(setup.kind(), setup.blocks, setup.room, device, setup.dirty_file, named);
+        if !setup.batmap {
+            let table_bytes = ((setup.blocks + setup.room) * 4).next_multiple_of(512);
+            leaf.write(1536 + table_bytes, &[0; 512]).unwrap();
+            leaf.sync().unwrap();
+        }
         let initial = |sector: u64| below.get(&sector).copied().unwrap_or(0);
         let oracle = Oracle::new((0..setup.sectors()).map(initial));
         let driver = open(&setup, leaf, &parents, seed, planted);
@@ -276,7 +284,7 @@ impl World {
     }
 
     fn look(&self, model: &Model<'_>) {
-        model.check(true);
+        model.check(self.setup.batmap);
         for &sector in &self.touched {
             let bytes = match model.sector(sector) {
                 Found::Here(bytes) => bytes,
@@ -332,7 +340,7 @@ impl World {
         }
         driver.close().unwrap();
         let model = Model::new(&driver.media[&0]);
-        model.check(true);
+        model.check(self.setup.batmap);
         model.check_closed();
         for first in self.setup.windows() {
             assert_eq!(model.sector(first + 2), Found::Here([7; 512]));
@@ -340,6 +348,18 @@ impl World {
                 !self.setup.eager() || model.sector_by_qemu(first + 10)[8] != 0xad,
                 "stale bytes for qemu"
             );
+        }
+    }
+
+    /// Discards whole blocks, without a flush.
+    fn discard_some(&mut self) {
+        for block in 0..self.setup.blocks {
+            if self.driver.rng.one_in(2) {
+                let extent = Extent { sector: block * BLOCK, sectors: BLOCK };
+                let begun = self.oracle.begins(extent, Op::Discard, |_| 0);
+                let ok = self.driver.run(Op::Discard, extent, Vec::new()).0.is_ok();
+                self.oracle.ends(extent, begun, ok);
+            }
         }
     }
 
@@ -356,6 +376,7 @@ impl World {
         }
         self.drain();
         self.read_all();
+        self.discard_some();
         self.driver.disk.close(&mut self.driver.pages);
         self.driver.take();
         loop {
