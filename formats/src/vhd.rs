@@ -6,6 +6,7 @@ pub mod check;
 pub mod create;
 mod headers;
 mod layout;
+pub mod map;
 mod open;
 mod reserve;
 mod space;
@@ -63,6 +64,13 @@ struct Spot {
 }
 
 impl Vhd {
+    /// Whether a QCOW2 image may have this one as its parent, under the name `vpc`. Not a differencing one: qemu opens those as dynamic
+    /// ones, and would read something else from the same files.
+    #[must_use]
+    pub fn may_be_below_qcow2(&self) -> bool {
+        self.kind != Kind::Differencing
+    }
+
     /// Which kind of image it is.
     #[must_use]
     pub fn kind(&self) -> Kind {

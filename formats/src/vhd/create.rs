@@ -82,6 +82,24 @@ pub struct Create {
     pub parent: Option<Parent>,
 }
 
+impl Create {
+    /// A snapshot: a new leaf over an image, which from then on must not be written. The leaf has room to grow as far as the image has.
+    #[must_use]
+    pub fn snapshot(below: &Headers, path: String, uuid: [u8; 16], seconds: u64) -> Create {
+        let entries = below.header.as_ref().map_or(0, Header::entries);
+        let room_bytes = (u64::from(entries) * below.block_bytes()).min(DISK_BYTES_MAX);
+        let parent = Some(Parent::of(below, path));
+        Create { kind: Kind::Differencing, disk_bytes: below.disk_bytes, room_bytes, uuid, seconds, parent }
+    }
+
+    /// A snapshot of a raw image.
+    #[must_use]
+    pub fn snapshot_of_raw(disk_bytes: u64, path: String, uuid: [u8; 16], seconds: u64) -> Create {
+        let parent = Some(Parent { uuid: None, timestamp: 0, path });
+        Create { kind: Kind::Differencing, disk_bytes, room_bytes: 0, uuid, seconds, parent }
+    }
+}
+
 /// Where the metadata of an image lie: BAT, batmap header, two maps.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Plan {
