@@ -26,16 +26,17 @@ pub fn set_hidden(medium: &mut dyn Medium, hidden: bool) -> Result<(), Unsupport
     let headers = read_headers(medium)?;
     let mut footer = headers.footer;
     footer.set_hidden(hidden);
-    let end_bytes = end_of(medium, &headers)?;
-    write_footers(medium, &footer, end_bytes)
-}
-
-/// Where the footer at the end goes: where it is, or, if it is missing, behind the last block or the end of the file.
-fn end_of(medium: &mut dyn Medium, headers: &Headers) -> Result<Option<u64>, Unsupported> {
-    if headers.footers.end && !headers.footers.short {
-        return Ok(None);
+    if footer.kind() != Kind::Fixed {
+        medium.write(0, &footer.0)?;
+        medium.sync()?;
     }
-    Ok(Some(Image::new(medium, headers)?.end_sector * SECTOR_BYTES))
+    // Where the footer at the end is missing, whoever has the image open will write it, or repair.
+    if headers.footers.end {
+        let own = if headers.footers.short { FOOTER_BYTES - 1 } else { FOOTER_BYTES };
+        medium.write(headers.length_bytes - own, &footer.0)?;
+        medium.sync()?;
+    }
+    Ok(())
 }
 
 /// Gives a differencing image another parent (or the same one another path). No data are looked at: the new parent must hold what the
@@ -151,9 +152,6 @@ impl Image<'_> {
             }
             Ok(())
         })?;
-        if headers.footer.kind() == Kind::Fixed {
-            end_sector = headers.disk_bytes / SECTOR_BYTES;
-        }
         if headers.footers.end {
             end_sector = end_sector.max(headers.length_bytes / SECTOR_BYTES - 1);
         }

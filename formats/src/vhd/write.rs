@@ -1,6 +1,6 @@
 //! Writes, discards and closing.
 
-use super::layout::{FOOTER_BYTES, Kind, NO_BLOCK};
+use super::layout::{FOOTER_BYTES, Footer, Kind, NO_BLOCK};
 use super::reserve::{make_ready, no_block};
 use super::space::{Closing, Freed, Pending, Space, tag};
 use super::{Spot, Vhd};
@@ -227,6 +227,7 @@ impl Vhd {
             let Some(space) = self.space.as_mut().filter(|space| !space.fixed) else { return Ok(()) };
             match space.closing {
                 None => {
+                    cx.forget(0, FOOTER_BYTES);
                     finish_chunk(space, cx)?;
                     if space.punching > 0 {
                         return Err(Wait::Busy);
@@ -246,7 +247,7 @@ impl Vhd {
                         Ok(()) if self.space.as_ref().is_some_and(Space::unsaved) => continue,
                         Ok(()) => {}
                     }
-                    self.write_footer(cx);
+                    self.write_footer(cx)?;
                 }
                 Some(Closing::Footer { outstanding: 0, failed: Some(failure) }) => {
                     space.closing = None;
@@ -262,25 +263,33 @@ impl Vhd {
         }
     }
 
-    /// The footer behind the last block in use (or at the end of the device), and nothing behind it.
-    fn write_footer(&mut self, cx: &mut Context<'_>) {
-        let footer = self.footer;
-        let Some(space) = &mut self.space else { return };
+    /// The footer behind the last block in use (or at the end of the device), and nothing behind it. It is the copy as it is now: a tool
+    /// may have hidden the image meanwhile.
+    fn write_footer(&mut self, cx: &mut Context<'_>) -> Step<()> {
+        let Some(space) = &mut self.space else { return Ok(()) };
         let mut outstanding = 0;
         if space.footer_stale {
+            let (page, _) = cx.page(0)?;
+            let mut copy = [0; 512];
+            copy.copy_from_slice(cx.bytes(page).get(..512).unwrap_or(&[0; 512]));
+            let found = Footer::parse(copy).ok().filter(|found| found.uuid() == self.footer.uuid());
+            let footer = found.unwrap_or(self.footer);
             let at_bytes =
                 if space.grows { space.cut() } else { space.length_bytes.saturating_sub(FOOTER_BYTES) };
             let mut order = |offset_bytes, kind| {
                 cx.order(Order { tag: tag::CLOSE, offset_bytes, kind });
                 outstanding += 1;
             };
-            order(0, OrderKind::Write(footer.0.to_vec()));
+            if found.is_none() {
+                order(0, OrderKind::Write(footer.0.to_vec()));
+            }
             order(at_bytes, OrderKind::Write(footer.0.to_vec()));
             if space.grows {
                 order(at_bytes + FOOTER_BYTES, OrderKind::SetLength);
             }
         }
         space.closing = Some(Closing::Footer { outstanding, failed: None });
+        Ok(())
     }
 }
 
