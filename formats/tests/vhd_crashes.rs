@@ -17,7 +17,9 @@ fn run(seed: u64, planted: Planted, ledger: formats::ledger::Planted, weather: b
     world.driver.disk.plant(ledger);
     let mut bad = Weather { one_in: 10 + rng.below(40), full: rng.one_in(2) };
     let faults: &mut dyn Faults = if weather { &mut bad } else { &mut NoFaults };
-    world.sweep(120, 3, faults);
+    // VBDD_CRASHES: looks at what is left after each piece of work.
+    let looks = std::env::var("VBDD_CRASHES").ok().and_then(|text| text.parse().ok()).unwrap_or(3);
+    world.sweep(120, looks, faults);
     world.crashes
 }
 

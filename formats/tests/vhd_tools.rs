@@ -165,6 +165,7 @@ fn crash_everywhere(
             points += 1;
         }
         if ended {
+            assert_eq!(medium.inner.unsynced(), 0, "what was done is durable");
             return points;
         }
     }

@@ -144,6 +144,10 @@ impl Sparse {
         self.now.length
     }
 
+    pub fn unsynced(&self) -> usize {
+        self.pending.len()
+    }
+
     /// All bytes, for files small enough.
     pub fn bytes(&self) -> Vec<u8> {
         let mut bytes: Vec<u8> = (0..self.now.length.div_ceil(512)).flat_map(|at| self.sector(at)).collect();
