@@ -1,6 +1,7 @@
 # Builds the initramfs archives. Sourced after common.sh and fetch.sh; BUILT is where they lie afterwards:
 #   dom0.cpio     xenstored, xl and friends; the scenarios come in an overlay
 #   qdisk.cpio    QEMU as a block backend, added to dom0's where a peer is wanted
+#   devd.cpio     xl and Xen's hotplug scripts, added to the storage domain's where "xl devd" shall run beside vbdd
 #   storage.cpio  the storage domain without vbdd itself (an overlay brings it): the appliance
 #   guest.cpio    a Linux guest
 
@@ -24,8 +25,9 @@ build_locked() {
   build_guest "$new/guest"
   build_dom0 "$new/dom0"
   build_qdisk "$new/qdisk"
+  build_devd "$new/devd"
   local name
-  for name in dom0 qdisk storage guest; do
+  for name in dom0 qdisk devd storage guest; do
     archive "$new/$name" "$new/$name.cpio"
     rm -r "${new:?}/$name"
   done
@@ -53,19 +55,20 @@ base() {
   modules "$root" "$@"
 }
 
+# modules FOLDER MODULE...: from the unpacked packages below SOURCE.
 modules() {
-  local root=$1 tree version name file
+  local root=$1 tree version name file from=${SOURCE:-$PACKAGES}
   shift
-  version=$(ls "$PACKAGES/root/lib/modules")
+  version=$(ls "$from/root/lib/modules")
   tree=lib/modules/$version
   for name in "$@"; do
-    file=$(grep -E "/(${name//[-_]/[-_]})\.ko:" "$PACKAGES/root/$tree/modules.dep") || die "the kernel has no module $name"
+    file=$(grep -E "/(${name//[-_]/[-_]})\.ko:" "$from/root/$tree/modules.dep") || die "the kernel has no module $name"
     for file in ${file/:/}; do
       mkdir -p "$root/$tree/$(dirname "$file")"
-      cp "$PACKAGES/root/$tree/$file" "$root/$tree/$file"
+      cp "$from/root/$tree/$file" "$root/$tree/$file"
     done
   done
-  cp "$PACKAGES/root/$tree"/modules.{builtin,builtin.modinfo,order} "$root/$tree/"
+  cp "$from/root/$tree"/modules.{builtin,builtin.modinfo,order} "$root/$tree/"
   "$PACKAGES/root/sbin/depmod" -b "$root" "$version"
 }
 
@@ -91,14 +94,33 @@ build_dom0() {
   local root=$1 bin=$PACKAGES/root/usr/lib/xen-4.17/bin tool
   base "$root" $XEN_MODULES $EXT4_MODULES loop nvme xen-blkback
   for tool in xl xenstored xenconsoled xen-init-dom0; do program "$root" "usr/sbin/$tool" "$bin/$tool"; done
-  for tool in read write rm chmod ls list exists watch; do
-    program "$root" "usr/bin/xenstore-$tool" "$PACKAGES/root/usr/bin/xenstore-$tool"
-  done
-  mkdir -p "$root/etc/xen" "$root/usr/lib/grub-xen"
+  # Where libxl looks for it.
+  program "$root" usr/lib/xen-4.17/bin/libxl-save-helper "$bin/libxl-save-helper"
+  program "$root" usr/bin/lsevtchn "$bin/lsevtchn"
+  xenstore_tools "$root"
+  mkdir -p "$root/etc/xen/scripts" "$root/usr/lib/grub-xen"
   printf 'autoballoon="off"\nclaim_mode=0\n' >"$root/etc/xen/xl.conf"
-  cp "$PACKAGES/root/usr/lib/grub-xen/grub-x86_64-xen.bin" "$root/usr/lib/grub-xen/"
+  cp "$PACKAGES"/root/usr/lib/grub-xen/grub-{x86_64-xen,i386-xen_pvh}.bin "$root/usr/lib/grub-xen/"
   cp -r "$IMAGE_DIR"/domains/dom0/. "$root/"
   chmod 755 "$root/init"
+}
+
+xenstore_tools() {
+  local tool
+  for tool in read write rm chmod ls list exists watch; do
+    program "$1" "usr/bin/xenstore-$tool" "$PACKAGES/root/usr/bin/xenstore-$tool"
+  done
+}
+
+# A driver domain as distributions ship it: the scripts want bash and util-linux' flock.
+build_devd() {
+  local root=$1
+  program "$root" usr/sbin/xl "$PACKAGES/root/usr/lib/xen-4.17/bin/xl"
+  xenstore_tools "$root"
+  program "$root" bin/bash /bin/bash
+  program "$root" usr/bin/flock "$(command -v flock)"
+  mkdir -p "$root/etc/xen"
+  cp -r "$PACKAGES/root/etc/xen/scripts" "$root/etc/xen/"
 }
 
 build_qdisk() {
@@ -123,4 +145,16 @@ build_guest() {
   ln -s mke2fs "$root/sbin/mkfs.ext4"
   cp -r "$IMAGE_DIR"/domains/guest/. "$root/"
   chmod 755 "$root/init"
+}
+
+# build_i386 FILE: the archive of a 32-bit guest, of what fetch_i386 has brought: busybox alone.
+build_i386() {
+  local root
+  root=$(mktemp -d)
+  SOURCE=$I386 base "$root" $EXT4_MODULES xen-blkfront
+  cp "$I386/root/bin/busybox" "$root/bin/busybox"
+  cp -r "$IMAGE_DIR"/domains/guest/. "$root/"
+  chmod 755 "$root/init"
+  archive "$root" "$1"
+  rm -r "$root"
 }

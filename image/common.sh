@@ -35,8 +35,13 @@ need_host_tools() {
     die "these Debian packages are needed on the host: $packages(as root this script installs them itself)"
   fi
   say "installing on the host: $packages"
+  local had_utils
+  had_utils=$(command -v qemu-img || true)
   DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-upgrade --no-install-recommends $packages >&2 ||
     { apt-get update -q >&2; DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-upgrade --no-install-recommends $packages >&2; }
+  # A qemu-utils of another release (backports) cannot stay beside this QEMU, and apt removes it: its own comes instead.
+  [ -z "$had_utils" ] || command -v qemu-img >/dev/null ||
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends qemu-utils >&2
 }
 
 # A hash of the contents of files and folders: names what was built from them.

@@ -86,7 +86,7 @@ told_ok() { printf 'ok    %s  (%s s)\n' "$1" "$(elapsed)"; }
 told_fail() { printf 'FAIL  %s  (%s s)\n' "$1" "$(elapsed)"; }
 told_skip() { printf 'skip  %s\n' "$1"; }
 
-# overlay_domains OVERLAY: puts the kernel and the initramfs archives of the domains where dom0 looks for them, with the
+# overlay_domains OVERLAY [ARCHIVES OF THE STORAGE DOMAIN in STORAGE_ARCHIVES]: puts the kernel and the initramfs archives of the domains where dom0 looks for them, with the
 # binaries under test and an agent on each console.
 overlay_domains() {
   local overlay=$1 tools=$WORK/tools peer=$WORK/peer
@@ -96,6 +96,8 @@ overlay_domains() {
   install -D "$VBDD_GUEST" "$tools/usr/bin/vbdd-guest"
   install -D "$VBDD_GUEST" "$overlay/usr/bin/vbdd-guest"
   find "$PACKAGES/root/lib/modules" \( -name loop.ko -o -name xen-blkback.ko \) -exec cp {} "$peer/lib/vbdd/peer/" \;
+  install -D "$REPO_DIR/scripts/block-vbdd" "$overlay/etc/xen/scripts/block-vbdd"
+  install -D "$REPO_DIR/scripts/block-vbdd" "$peer/etc/xen/scripts/block-vbdd"
   local program
   for program in "${VBDD:-}:usr/sbin/vbdd" "${CONFORMANCE:-}:usr/bin/xenstore-conformance"; do
     [ -e "${program%%:*}" ] || continue
@@ -104,7 +106,7 @@ overlay_domains() {
   done
   archive "$tools" "$WORK/tools.cpio"
   archive "$peer" "$WORK/peer.cpio"
-  cat "$BUILT/storage.cpio" "$WORK/tools.cpio" "$WORK/peer.cpio" >"$overlay/domains/storage.cpio"
+  cat "$BUILT/storage.cpio" ${STORAGE_ARCHIVES:-} "$WORK/tools.cpio" "$WORK/peer.cpio" >"$overlay/domains/storage.cpio"
   cat "$BUILT/guest.cpio" "$WORK/tools.cpio" >"$overlay/domains/guest.cpio"
 }
 

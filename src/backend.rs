@@ -5,7 +5,10 @@
 //! state machine (`vbd`); this module carries out the actions and brings back the answers.
 
 mod actions;
+mod media;
 mod notices;
+mod offers;
+mod queues;
 mod scan;
 mod status;
 
@@ -18,14 +21,16 @@ use xenstore::{JobId, Outcome, Path, WatchToken};
 
 use crate::hypervisor::{DomainId, Hypervisor};
 use crate::journal::JournalStore;
-use crate::limits::{WORLD_READ_INTERVAL, WORLD_READS_BURST};
-use crate::pump::{DiskId, Pump, PumpEvent, QueueId};
+use crate::limits::{SIZES_INTERVAL, WORLD_READ_INTERVAL, WORLD_READS_BURST};
+use crate::pump::{DiskId, DiskPlan, Pump, PumpEvent, QueueId};
 use crate::queue::FrontendMisbehaved;
 use crate::storage::{Identity, OpenError, Opened, Storage};
 use crate::vbd::{
-    self, Address, Config, ConnectPlan, Disconnect, Kind, Misdeed, OpenRequest, Timer, Vbd, World,
+    self, Address, Config, ConnectError, ConnectPlan, Disconnect, Key, Kind, Misdeed, OpenRequest, Timer,
+    Vbd, World,
 };
 use crate::xenbus::Session;
+pub use media::Measured;
 use notices::Bucket;
 pub use status::{DeviceStatus, Totals};
 
@@ -42,6 +47,8 @@ pub struct Options {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Purpose {
     ReadWorld(Address),
+    /// What follows from the first read: nodes of further queues and pages.
+    ReadFurther(Address),
     Publish(Address),
     ListGuests(Kind),
     ListDevices(Kind, DomainId),
@@ -59,6 +66,8 @@ struct OpenImage {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Ending {
     No,
+    /// Some queues of a ring could be connected and others not. The former answer what they had inherited.
+    Undoing,
     /// The pump answers what is in flight.
     Draining(Disconnect),
     /// Everything is answered; the disk is being flushed.
@@ -73,9 +82,14 @@ struct Device {
     image: Option<OpenImage>,
     opening: Option<OpenRequest>,
     closing_image: bool,
-    queue: Option<QueueId>,
+    /// The queues of its ring, each with whether it is drained.
+    queues: Vec<(QueueId, bool)>,
     plan: Option<ConnectPlan>,
+    /// Why the ring that is being undone could not be connected.
+    undone: Option<ConnectError>,
     ending: Ending,
+    /// The first part of a read of the world, and what is still asked for.
+    partial: Option<(Box<World>, Vec<Key>)>,
     timers: BTreeMap<Timer, Duration>,
     reads: Bucket,
     /// When the read of the world may start that the bucket held back.
@@ -105,6 +119,8 @@ pub struct Backend<H, S> {
     crowded: Vec<Address>,
     /// Directories whose listing did: at most one for each guest and kind.
     unlisted: Vec<Purpose>,
+    /// When the sizes of the images were looked at.
+    sizes_at: Duration,
     stopping: bool,
 }
 
@@ -118,6 +134,8 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
         journals: Box<dyn JournalStore>,
         now: Duration,
     ) -> Backend<H, S> {
+        let mut options = options;
+        options.vbd.terms.offered = options.vbd.terms.offered.limited_to(offers::SERVED);
         Backend {
             options,
             pump: Pump::new(hypervisor, storage, journals),
@@ -130,6 +148,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
             pending: VecDeque::new(),
             crowded: Vec::new(),
             unlisted: Vec::new(),
+            sizes_at: now,
             stopping: false,
         }
     }
@@ -158,6 +177,10 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
     pub fn turn(&mut self, session: &mut Session, now: Duration) -> bool {
         self.now = now;
         self.fire_timers();
+        if now >= self.sizes_at + SIZES_INTERVAL {
+            self.sizes_at = now;
+            self.look_at_sizes();
+        }
         while let Some(event) = session.event() {
             self.store_event(session, event);
         }
@@ -224,7 +247,8 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
 
     fn job_done(&mut self, session: &mut Session, purpose: Purpose, outcome: Outcome) {
         match purpose {
-            Purpose::ReadWorld(address) => self.world_read(address, outcome),
+            Purpose::ReadWorld(address) => self.world_read(session, address, outcome),
+            Purpose::ReadFurther(address) => self.further_read(address, outcome),
             Purpose::Publish(address) => {
                 let event = actions::publication_outcome(outcome);
                 self.pending.push_back((address, Pending::Step(event)));
@@ -289,7 +313,8 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
     }
 
     fn device_of(&self, queue: QueueId) -> Option<Address> {
-        self.devices.iter().find(|(_, device)| device.queue == Some(queue)).map(|(address, _)| *address)
+        let has = |device: &Device| device.queues.iter().any(|(known, _)| *known == queue);
+        self.devices.iter().find(|(_, device)| has(device)).map(|(address, _)| *address)
     }
 
     fn image_path(&self, address: Address) -> String {
@@ -368,12 +393,16 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
             self.notice(address, log::Level::Warn, &text);
         }
         let sectors = raw.geometry().sectors;
-        let disk = self.pump.add_disk(opened.file, sectors, request.read_only);
+        let disk = self.pump.add_disk(&DiskPlan::new(opened.file, sectors, request.read_only));
         let physical_sector_bytes = opened.physical_block_bytes;
         if let Some(device) = self.devices.get_mut(&address) {
             device.image = Some(OpenImage { opened, disk, request });
         }
-        Ok(vbd::Geometry { sectors, physical_sector_bytes })
+        let discard = opened.discard.map(|unit| vbd::Discard {
+            granularity_bytes: unit.granularity_bytes,
+            alignment_bytes: unit.alignment_bytes,
+        });
+        Ok(vbd::Geometry { sectors, physical_sector_bytes, discard })
     }
 
     /// A read of a device's nodes is due, unless the guest has caused too many of late.
@@ -394,18 +423,48 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
         }
     }
 
-    fn world_read(&mut self, address: Address, outcome: Outcome) {
+    fn world_read(&mut self, session: &mut Session, address: Address, outcome: Outcome) {
         let Outcome::Read(values) = outcome else {
             // The connection went; after the next one everything is read again. The read that was asked for is still
             // owed.
             self.crowded.push(address);
             return;
         };
-        let mut world = World::new();
+        let mut world = Box::new(World::new());
         for (key, value) in vbd::keys().zip(values) {
             world.put(key, actions::node_of(value));
         }
-        self.pending.push_back((address, Pending::World(Box::new(world))));
+        let further = vbd::further_keys(&world);
+        if further.is_empty() {
+            self.pending.push_back((address, Pending::World(world)));
+            return;
+        }
+        let own = self.options.vbd.own_domain;
+        let paths: Vec<Path> =
+            further.iter().filter_map(|key| actions::path_of(&address, own, key)).collect();
+        let Some(device) = self.devices.get_mut(&address) else { return };
+        match session.submit(xenstore::Job::Read(paths)) {
+            Ok(id) => {
+                device.partial = Some((world, further));
+                self.jobs.insert(id, Purpose::ReadFurther(address));
+            }
+            Err(_) => self.crowded.push(address),
+        }
+    }
+
+    fn further_read(&mut self, address: Address, outcome: Outcome) {
+        let Some((mut world, keys)) = self.devices.get_mut(&address).and_then(|device| device.partial.take())
+        else {
+            return;
+        };
+        let Outcome::Read(values) = outcome else {
+            self.crowded.push(address);
+            return;
+        };
+        for (key, value) in keys.into_iter().zip(values) {
+            world.put(key, actions::node_of(value));
+        }
+        self.pending.push_back((address, Pending::World(world)));
     }
 
     fn watch_fired(&mut self, session: &mut Session, token: WatchToken, path: &Path) {

@@ -13,6 +13,10 @@ pub const PAGE_BYTES: u32 = 4096;
 /// Pages in a chunk: what four machine words of bitmap describe.
 const CHUNK_PAGES: u32 = 256;
 
+/// Spans up to this are had from the first chunks, longer ones from the last: eleven pages are what a request of a plain
+/// ring names.
+const SHORT_PAGES: u32 = 11;
+
 /// The longest span that can be had, in bytes: one chunk, 1 MiB.
 pub const SPAN_BYTES_MAX: u32 = CHUNK_PAGES * PAGE_BYTES;
 
@@ -32,6 +36,17 @@ pub struct Span {
 impl Span {
     /// The span without bytes.
     pub const EMPTY: Span = Span { address: std::ptr::null_mut(), length_bytes: 0 };
+
+    /// A span that lies in no arena: bytes that only the kernel touches, such as a mapped file's.
+    ///
+    /// # Safety
+    /// `length_bytes` from `address` on belong to one mapping, which stays as long as the span is used; and it is only
+    /// named to the kernel, or to a [`Pool`], which refuses it. Whoever touches it with loads and stores needs reasons of
+    /// his own why that is sound.
+    #[must_use]
+    pub unsafe fn foreign(address: *mut u8, length_bytes: u32) -> Span {
+        Span { address, length_bytes }
+    }
 
     /// First byte.
     #[must_use]
@@ -227,7 +242,11 @@ impl Pool {
             return None;
         }
         let count = length_bytes.div_ceil(PAGE_BYTES);
-        for (index, chunk) in self.chunks.iter_mut().enumerate() {
+        let chunks = self.chunks.len();
+        for at in 0..chunks {
+            // Long spans from the other end: short ones that stay would leave no long run anywhere.
+            let index = if count > SHORT_PAGES { chunks - 1 - at } else { at };
+            let Some(chunk) = self.chunks.get_mut(index) else { continue };
             if chunk.free_pages < count {
                 continue;
             }

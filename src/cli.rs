@@ -16,6 +16,7 @@ Usage: vbdd COMMAND [OPTIONS]
 Commands:
   serve     serve every disk that appears in xenstore, until SIGTERM
   status    show what a running vbdd serves
+  resize    tell a guest that its disk's image has grown
   help      this text, or that of a command
 
 Options:
@@ -50,7 +51,8 @@ fn command(arguments: Vec<OsString>) -> Result<(), Error> {
                 Some(options) => crate::daemon::serve(&options),
                 None => print(serve::HELP),
             },
-            Some("status") => crate::control::client::command(&mut parser),
+            Some("status") => crate::control::client::status(&mut parser),
+            Some("resize") => crate::control::client::resize(&mut parser),
             Some("help") => help_of(&mut parser),
             _ => Err(Error::new(format!("there is no command {}", name.display()), "see vbdd --help")),
         },
@@ -63,6 +65,7 @@ fn help_of(parser: &mut lexopt::Parser) -> Result<(), Error> {
     match parser.next().map_err(|error| usage(&error))? {
         Some(Value(name)) if name == "serve" => print(serve::HELP),
         Some(Value(name)) if name == "status" => print(crate::control::client::HELP),
+        Some(Value(name)) if name == "resize" => print(crate::control::client::RESIZE_HELP),
         _ => print(HELP),
     }
 }

@@ -34,6 +34,17 @@ pub struct Request {
     session: usize,
 }
 
+/// The answer to a request that cannot be served.
+#[must_use]
+pub fn refusal(error: &str, hint: &str) -> String {
+    let mut text = String::from("{\"error\":");
+    crate::cli::json_string(error, &mut text);
+    text.push_str(",\"hint\":");
+    crate::cli::json_string(hint, &mut text);
+    text.push('}');
+    text
+}
+
 /// What sessions and the loop share: who waits for which descriptor, and questions with their answers.
 #[derive(Debug, Default)]
 struct Shared {

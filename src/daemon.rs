@@ -1,11 +1,12 @@
 //! `vbdd serve`: the process around the backend. Opens what the machine offers, waits, and feeds the backend.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use log::{info, warn};
+use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec};
 
-use crate::backend::{Backend, Options};
+use crate::backend::{Backend, Measured, Options};
 use crate::cli::serve::{PlaceOption, ServeOptions};
 use crate::control;
 use crate::error::Error;
@@ -16,7 +17,7 @@ use crate::owners;
 use crate::reactor::{Reactor, Ready};
 use crate::signals::{Signal, Signals};
 use crate::storage::linux::{LinuxStorage, Options as StorageOptions};
-use crate::vbd::{Config, Kind, Place};
+use crate::vbd::{Address, Config, Kind, Place};
 use crate::xenbus::{self, Xenbus};
 
 /// Keys of the poller; the control door has those from [`CONTROL`] on.
@@ -24,6 +25,7 @@ const EVENTS: usize = 0;
 const STORE: usize = 1;
 const STORAGE: usize = 2;
 const SIGNALS: usize = 3;
+const TRIM: usize = 4;
 const CONTROL: usize = 16;
 
 /// Time since the process began, a few milliseconds coarse. The exact clock is a system call in some Xen domains, and the loop
@@ -57,7 +59,9 @@ struct Daemon {
     control: control::Server,
     backend: Backend<LinuxHypervisor, LinuxStorage>,
     stop_by: Option<Duration>,
-    trim_at: Option<Duration>,
+    /// Fires when it may be time to give memory back; set while there is load.
+    trim_timer: OwnedFd,
+    trim_is_set: bool,
 }
 
 /// Serves until a signal ends it.
@@ -104,6 +108,10 @@ impl Daemon {
             // SAFETY: the storage keeps its descriptors open for life, and lives as long as the reactor.
             reactor.add(unsafe { BorrowedFd::borrow_raw(fd) }, STORAGE, false)?;
         }
+        let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
+        let trim_timer = rustix::time::timerfd_create(TimerfdClockId::Monotonic, flags)
+            .map_err(|errno| Error::new(format!("cannot make a timer: {errno}"), ""))?;
+        reactor.add(trim_timer.as_fd(), TRIM, false)?;
         let control = control::Server::open(&options.state_dir, CONTROL, &mut reactor)?;
         let store = xenbus::Options { path: options.xenstore.clone(), seed: seed() };
         let mut xenbus = Xenbus::open(&store, 0).map_err(|error| Error::new(error.to_string(), ""))?;
@@ -122,7 +130,9 @@ impl Daemon {
             PlaceOption::Auto => Place::DriverDomain,
         };
         info!("serving {} as domain {own_domain}, {place:?}", options.kinds.join(", "));
-        let vbd = Config { default_abi: options.default_abi, ..Config::new(own_domain, place) };
+        let mut vbd = Config::new(own_domain, place);
+        vbd.terms = options.terms(vbd.terms);
+        vbd.terms.offered.persistent = options.persistent_grants;
         let kinds = options.kinds.iter().filter_map(|name| Kind::from_name(name)).collect();
         let assume_clean = options.assume_clean;
         let options = Options { kinds, vbd };
@@ -144,7 +154,8 @@ impl Daemon {
             control,
             backend,
             stop_by: None,
-            trim_at: None,
+            trim_timer,
+            trim_is_set: false,
         }))
     }
 
@@ -153,7 +164,7 @@ impl Daemon {
         loop {
             let now = self.clock.now();
             let more = self.backend.turn(self.xenbus.session(), now);
-            self.answer_control(now);
+            let more = self.answer_control(now) || more;
             self.xenbus.flush(millis(now));
             self.poll_store();
             if self.ended(now) {
@@ -169,7 +180,7 @@ impl Daemon {
             }
             // io_uring may have ended the wait without making its descriptor readable; asking it costs no system call.
             self.backend.pump().storage.ready();
-            self.trim(now);
+            self.set_trim_timer();
             if self.xenbus.timeout().is_some_and(|at| at <= millis(now)) {
                 self.xenbus.handle_time(millis(now));
             }
@@ -188,19 +199,32 @@ impl Daemon {
                 }
             }
             STORAGE => {}
+            TRIM => self.trim(),
             SIGNALS => self.take_signals(now),
             _ => self.control.ready(ready, now, &mut self.reactor),
         }
     }
 
-    /// Gives the memory of past load back to the system, once, when there has been no load for a while.
-    fn trim(&mut self, now: Duration) {
-        let storage = &mut self.backend.pump().storage;
-        if storage.in_flight() > 0 {
-            self.trim_at = Some(now + TRIM_AFTER);
-        } else if self.trim_at.is_some_and(|at| at <= now) {
-            storage.trim();
-            self.trim_at = None;
+    /// Has the memory of a load looked at later. A timer of its own, and no timeout of the wait: that would be set and
+    /// cancelled with every batch of requests.
+    fn set_trim_timer(&mut self) {
+        if self.trim_is_set || !self.backend.pump().storage.was_busy() {
+            return;
+        }
+        let seconds = i64::try_from(TRIM_AFTER.as_secs()).unwrap_or(i64::MAX);
+        let it_value = Timespec { tv_sec: seconds, tv_nsec: 0 };
+        let once = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value };
+        let set = rustix::time::timerfd_settime(&self.trim_timer, TimerfdTimerFlags::empty(), &once);
+        self.trim_is_set = set.is_ok();
+    }
+
+    /// Gives the memory of past load back to the system, once, when there has been none for a while.
+    fn trim(&mut self) {
+        let _ = rustix::io::read(&self.trim_timer, &mut [0_u8; 8]);
+        self.trim_is_set = false;
+        self.set_trim_timer();
+        if !self.trim_is_set {
+            self.backend.pump().trim();
         }
     }
 
@@ -240,16 +264,44 @@ impl Daemon {
         false
     }
 
-    fn answer_control(&mut self, now: Duration) {
+    /// Answers what the control door was asked. True if that made work for the backend.
+    fn answer_control(&mut self, now: Duration) -> bool {
+        let mut work = false;
         while let Some(request) = self.control.turn(now, &mut self.reactor) {
             let words: Vec<&str> = request.words.iter().map(String::as_str).collect();
             let answer = match words.as_slice() {
                 ["status"] => self.backend.status_text(),
                 ["status", "json"] => self.backend.status_json(),
+                ["resize", disk] => {
+                    work = true;
+                    self.resize(disk)
+                }
                 ["version"] => format!("{{\"version\":\"{}\"}}", env!("CARGO_PKG_VERSION")),
-                _ => "{\"error\":\"no such request\",\"hint\":\"status, status json or version\"}".to_owned(),
+                _ => {
+                    let hint = "status, status json, resize KIND/GUEST/DEVID or version";
+                    control::refusal("no such request", hint)
+                }
             };
             self.control.answer(&request, answer);
+        }
+        work
+    }
+
+    /// Looks at the size of a disk's image; the guest is told if it is another.
+    fn resize(&mut self, disk: &str) -> String {
+        let own = self.xenbus.session().domain().unwrap_or(0);
+        let path = if disk.starts_with('/') { disk.to_owned() } else { format!("backend/{disk}") };
+        let Some((address, "")) = Address::parse(&path, own) else {
+            return control::refusal(
+                "that is no disk",
+                "KIND/GUEST/DEVID as status shows it, vbd/7/51712 say",
+            );
+        };
+        match self.backend.measure(address) {
+            Ok(Measured { sectors, before }) => {
+                format!("{{\"sectors\":{sectors},\"before\":{before}}}")
+            }
+            Err(reason) => control::refusal(reason, "see vbdd status"),
         }
     }
 
@@ -274,7 +326,7 @@ impl Daemon {
 
     fn timeout(&self) -> Option<Duration> {
         let store = self.xenbus.timeout().map(Duration::from_millis);
-        let deadlines = [store, self.backend.deadline(), self.control.deadline(), self.stop_by, self.trim_at];
+        let deadlines = [store, self.backend.deadline(), self.control.deadline(), self.stop_by];
         let first = deadlines.into_iter().flatten().min()?;
         Some(first.saturating_sub(self.clock.now()))
     }

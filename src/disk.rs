@@ -3,11 +3,16 @@
 //! A flush covers every write that was taken before it, in whatever queue. Writes are counted in epochs: a flush closes
 //! the current epoch and waits until that epoch and all earlier ones have no write in flight; then one `fdatasync`
 //! serves every flush that is ready. Writes that come later do not wait for it.
+//!
+//! A barrier waits until everything that was taken before it has ended, and holds back everything that comes after it
+//! until it has ended itself.
 
 use std::collections::VecDeque;
 
 use formats::Raw;
+use rings::Offers;
 
+use crate::pump::DiskPlan;
 use crate::storage::{FileId, StorageError};
 
 /// Names an epoch of a [`Disk`]: a free-running counter.
@@ -17,10 +22,22 @@ pub struct Epoch(u32);
 /// A flush waiting for its turn: whose it is, in the caller's terms.
 pub type FlushToken = u64;
 
+/// A request, in the caller's terms.
+pub type RequestToken = u64;
+
 #[derive(Clone, Copy, Debug)]
 struct Closing {
     writes_in_flight: u32,
     flush: FlushToken,
+}
+
+/// A barrier between being taken and being answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Barrier {
+    /// Requests that came before it are in flight.
+    Waits(RequestToken),
+    /// It is alone.
+    Runs,
 }
 
 /// An open image as the data path sees it.
@@ -32,6 +49,10 @@ pub struct Disk {
     pub image: Raw,
     /// Writes are refused (XSA-142).
     pub read_only: bool,
+    /// What frontends may ask for.
+    pub offers: Offers,
+    /// Answers go out in the order of taking.
+    pub in_order: bool,
     current: u32,
     writes_in_current: u32,
     /// Epochs that a flush has closed, oldest first: `current - closed.len() .. current`.
@@ -41,22 +62,91 @@ pub struct Disk {
     /// The first failure of an `fdatasync`. A kernel that failed to write a page back forgets it, and the next
     /// `fdatasync` succeeds; so no later flush of this opening can promise anything.
     failed: Option<StorageError>,
+    /// Requests that were let in and have not ended, a barrier aside.
+    inside: u32,
+    barrier: Option<Barrier>,
+    /// Requests that a barrier holds back, in the order of taking.
+    held_back: VecDeque<RequestToken>,
 }
 
 impl Disk {
-    /// A disk on `file` with no write in flight. `flushes_max` of its flushes can wait without allocation.
+    /// A disk with no write in flight. `flushes_max` of its flushes can wait without allocation.
     #[must_use]
-    pub fn new(file: FileId, size_sectors: u64, read_only: bool, flushes_max: usize) -> Disk {
+    pub fn new(plan: &DiskPlan, flushes_max: usize) -> Disk {
         Disk {
-            file,
-            image: Raw::of_sectors(size_sectors),
-            read_only,
+            file: plan.file,
+            image: Raw::of_sectors(plan.size_sectors),
+            read_only: plan.read_only,
+            offers: plan.offers,
+            in_order: plan.in_order,
             current: 0,
             writes_in_current: 0,
             closed: VecDeque::with_capacity(flushes_max),
             serving: Vec::with_capacity(flushes_max),
             failed: None,
+            inside: 0,
+            barrier: None,
+            held_back: VecDeque::new(),
         }
+    }
+
+    /// A request was taken. False if a barrier holds it back: it comes again from [`Disk::let_in`].
+    pub fn enter(&mut self, request: RequestToken, is_barrier: bool) -> bool {
+        if self.barrier.is_some() {
+            self.held_back.push_back(request);
+            return false;
+        }
+        self.admit(request, is_barrier);
+        true
+    }
+
+    fn admit(&mut self, request: RequestToken, is_barrier: bool) {
+        if is_barrier {
+            self.barrier = Some(Barrier::Waits(request));
+        } else {
+            self.inside += 1;
+        }
+    }
+
+    /// A request that was let in has ended.
+    pub fn leave(&mut self, is_barrier: bool) {
+        if is_barrier {
+            self.barrier = None;
+        } else {
+            self.inside = self.inside.saturating_sub(1);
+        }
+    }
+
+    /// The barrier whose turn has come: everything before it has ended. Once for each.
+    pub fn start_barrier(&mut self) -> Option<RequestToken> {
+        match self.barrier {
+            Some(Barrier::Waits(request)) if self.inside == 0 => {
+                self.barrier = Some(Barrier::Runs);
+                Some(request)
+            }
+            _ => None,
+        }
+    }
+
+    /// The next request that no barrier holds back any more; the caller says of it whether it is a barrier itself.
+    pub fn let_in(&mut self, is_barrier: impl FnOnce(RequestToken) -> bool) -> Option<RequestToken> {
+        if self.barrier.is_some() {
+            return None;
+        }
+        let request = self.held_back.pop_front()?;
+        self.admit(request, is_barrier(request));
+        Some(request)
+    }
+
+    /// Forgets requests that are held back: their guest is gone.
+    pub fn forget(&mut self, is_gone: impl Fn(RequestToken) -> bool) {
+        self.held_back.retain(|request| !is_gone(*request));
+    }
+
+    /// True while a barrier waits or runs, or requests are held back.
+    #[must_use]
+    pub fn has_barrier(&self) -> bool {
+        self.barrier.is_some() || !self.held_back.is_empty()
     }
 
     /// A write was taken: every flush from now on waits for it.
@@ -127,7 +217,7 @@ mod tests {
     use super::*;
 
     fn disk() -> Disk {
-        Disk::new(FileId(1), 100, false, 8)
+        Disk::new(&DiskPlan::new(FileId(1), 100, false), 8)
     }
 
     fn served(disk: &mut Disk) -> Vec<FlushToken> {
@@ -175,6 +265,36 @@ mod tests {
         assert_eq!(disk.judge_flush(Ok(())), Ok(()));
         assert_eq!(disk.judge_flush(Err(StorageError::Os(5))), Err(StorageError::Os(5)));
         assert_eq!(disk.judge_flush(Ok(())), Err(StorageError::Os(5)));
+    }
+
+    #[test]
+    fn a_barrier_waits_for_all_before_it_and_holds_back_all_after_it() {
+        let mut disk = disk();
+        assert!(disk.enter(1, false) && disk.enter(2, false) && disk.enter(3, true));
+        assert!(!disk.enter(4, false) && !disk.enter(5, true) && !disk.enter(6, false));
+        disk.leave(false);
+        assert_eq!((disk.start_barrier(), disk.let_in(|_| false)), (None, None), "one is still inside");
+        disk.leave(false);
+        assert_eq!((disk.start_barrier(), disk.start_barrier()), (Some(3), None));
+        assert_eq!(disk.let_in(|_| false), None, "the barrier runs");
+        disk.leave(true);
+        let second = |request| request == 5;
+        assert_eq!((disk.let_in(second), disk.let_in(second), disk.let_in(second)), (Some(4), Some(5), None));
+        assert_eq!(disk.start_barrier(), None, "4 is inside");
+        disk.leave(false);
+        assert_eq!(disk.start_barrier(), Some(5));
+        disk.leave(true);
+        assert_eq!((disk.let_in(second), disk.let_in(second), disk.has_barrier()), (Some(6), None, false));
+    }
+
+    #[test]
+    fn what_is_held_back_for_a_guest_that_is_gone_is_forgotten() {
+        let mut disk = disk();
+        assert!(disk.enter(1, true) && !disk.enter(2, false) && !disk.enter(3, false));
+        disk.forget(|request| request == 2);
+        assert_eq!(disk.start_barrier(), Some(1));
+        disk.leave(true);
+        assert_eq!((disk.let_in(|_| false), disk.let_in(|_| false)), (Some(3), None));
     }
 
     #[test]

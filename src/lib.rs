@@ -10,6 +10,7 @@ pub mod control;
 pub mod daemon;
 pub mod disk;
 pub mod error;
+pub(crate) mod grants;
 pub mod hypervisor;
 pub mod images;
 pub mod journal;

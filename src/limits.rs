@@ -3,11 +3,28 @@
 use std::time::Duration;
 
 /// Pages of the largest ring that is mapped: order 4. One mapping request names them all.
-pub const RING_PAGES_MAX: usize = 16;
+pub const RING_PAGES_MAX: usize = 1 << RING_PAGE_ORDER_MAX;
+/// See [`RING_PAGES_MAX`].
+pub const RING_PAGE_ORDER_MAX: u8 = 4;
+
+/// Queues of one disk. 8 rings of 16 pages for each of 1 000 disks are 128 000 mapped grants, half of what the hypervisor's
+/// map track holds by default (1 024 frames of 256 entries).
+pub const QUEUES_MAX: u8 = 8;
 
 /// Requests that one queue may take before the next queue has its turn: one page's ring, so that a guest with a deeper
 /// ring cannot hold the others up longer than a guest with a plain one.
 pub const REQUESTS_PER_TURN: u32 = 32;
+
+/// The queues of one guest share [`REQUESTS_PER_TURN`], but each takes at least this many, so that batches stay batches.
+pub const REQUESTS_PER_TURN_MIN: u32 = 8;
+
+/// Data of the requests that one queue takes at a time, in bytes: what 32 requests of a plain ring can name (32 × 44 KiB).
+/// The request that passes it is the last, so 1 MiB more at most.
+pub const BYTES_PER_TURN: u32 = 32 * 44 * 1024;
+
+/// Segments that are copied to guests at a time, at 4 KiB each: 4 MiB, and one request more. Reads that have more data
+/// ready wait for the next round, so that a guest's large reads do not hold up the small ones of another.
+pub const COLLECT_SEGMENTS: usize = 1024;
 
 /// Events without work that are let through at once. Honest frontends cause a few: a request that was found by the last
 /// look at the ring has sent its event too.
@@ -19,8 +36,36 @@ pub const EVENT_DELAY_MIN: Duration = Duration::from_millis(1);
 /// See [`EVENT_DELAY_MIN`].
 pub const EVENT_DELAY_MAX: Duration = Duration::from_millis(128);
 
-/// Memory for data in flight, in bytes: 64 MiB hold 1 024 requests of 44 KiB and some more; whoever finds none waits.
+/// Memory for data in flight, in bytes: 64 MiB hold 1 024 requests of 44 KiB and some more, or 63 of 1 MiB; whoever finds
+/// none waits. A guest leaves at least as much free as it holds: one alone has 32 MiB at most, the ring of 32 requests
+/// of 1 MiB; when the disks of `k` guests hang, 64 MiB / (k + 1) stay for the others, 1.3 MiB beside 46 of them.
 pub const DATA_MEMORY_BYTES: usize = 64 << 20;
+
+/// Pages of one queue that stay mapped: what a Linux frontend keeps for a ring of 32 requests of 32 pages and some more.
+/// 100 bytes of books each.
+pub const GRANTS_PER_QUEUE_MAX: usize = 1056;
+
+/// Pages of all guests that stay mapped: each is a mapping of its own, of which Linux allows a process 65 530.
+pub const GRANTS_MAX: usize = 16_384;
+
+/// Chunks of 2 MiB of files in memory that are mapped at once, all files together: 1 GiB, in 512 pages of page table
+/// (2 MiB) with 88 bytes of books each (44 KiB). What is beyond is read and written by calls.
+pub const MAPPED_CHUNKS_MAX: usize = 512;
+
+/// The largest file in memory that is mapped, in bytes: two bytes of books for each chunk, 64 KiB.
+pub const MAPPED_FILE_BYTES_MAX: u64 = 64 << 30;
+
+/// How long the first in line for memory keeps others from passing, before what it waits for counts as hung.
+pub const STARVED_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Segments of an indirect request: 1 MiB of whole pages. One page of descriptors (2 048 bytes) is copied for each in
+/// flight, into data memory; at most eight pieces of 128 KiB hold its data.
+pub const INDIRECT_SEGMENTS: u16 = rings::INDIRECT_SEGMENTS_MAX;
+
+/// Memory of a queue's tables under load, in bytes: 256 for each request that was ever in flight at once, and 40 for each
+/// slot of the ring; 9 KiB for a ring of 32, 148 KiB for one of 512. At rest the first part is given back: 20 KiB for a
+/// ring of 512, to which its journal adds 68 KiB in the state directory (8 KiB for a ring of 32).
+pub const QUEUE_BYTES_MAX: usize = 512 * (256 + 40);
 
 /// Rounds that the pump makes before its caller looks at xenstore and timers again: 8 rounds of 32 requests a queue.
 pub const ROUNDS_PER_TURN: u32 = 8;
@@ -36,6 +81,10 @@ pub const DEVICES_MAX: usize = 1000;
 pub const WORLD_READS_BURST: u32 = 20;
 /// See [`WORLD_READS_BURST`].
 pub const WORLD_READ_INTERVAL: Duration = Duration::from_millis(100);
+
+/// How often the sizes of the open images are looked at while anything happens at all: one system call a disk, so 100 a
+/// second for 1 000 disks. A host at rest is not woken for it.
+pub const SIZES_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Log lines about one disk: 10 at once, then one each 10 seconds; with 1 000 hostile disks 100 lines a second.
 pub const NOTICES_BURST: u32 = 10;

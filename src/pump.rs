@@ -6,13 +6,15 @@
 //! grown to their working size.
 
 mod ends;
+mod mapped;
+mod memory;
 mod stages;
 mod turn;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-use rings::{Abi, BackRing, SharedPages};
+use rings::{Abi, BackRing, Offers, SharedPages};
 
 use crate::disk::Disk;
 use crate::hypervisor::{DomainId, GrantRef, Hypervisor, HypervisorError, Port};
@@ -20,6 +22,7 @@ use crate::journal::{Journal, JournalStore, Memory, RECORD_VERSION, RingRecord};
 use crate::limits::REPORTS_MAX;
 use crate::queue::{Counters, FrontendMisbehaved, Queue};
 use crate::storage::{FileId, Storage};
+pub(crate) use memory::{Held, Rows};
 
 /// Names a queue of the pump.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -45,12 +48,35 @@ pub enum PumpEvent {
 /// What failed, for the log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StorageFailure {
-    /// `read`, `write` or `flush`.
+    /// `read`, `write`, `flush` or `discard`.
     pub what: &'static str,
     /// First byte of the request on the disk.
     pub offset_bytes: u64,
     /// Why.
     pub error: crate::storage::StorageError,
+}
+
+/// An open image, and how it is served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DiskPlan {
+    /// The image.
+    pub file: FileId,
+    /// Its size, in sectors of 512 bytes.
+    pub size_sectors: u64,
+    /// Writes are refused.
+    pub read_only: bool,
+    /// What frontends are told that they may ask for. What is not offered is answered with -2.
+    pub offers: Offers,
+    /// Answers go out in the order of taking, queue by queue: for frontends that match them by place and not by id.
+    pub in_order: bool,
+}
+
+impl DiskPlan {
+    /// A disk that offers reads, writes and flushes.
+    #[must_use]
+    pub fn new(file: FileId, size_sectors: u64, read_only: bool) -> DiskPlan {
+        DiskPlan { file, size_sectors, read_only, offers: Offers::NONE, in_order: false }
+    }
 }
 
 /// Where a ring is, and whose.
@@ -131,10 +157,19 @@ pub struct Pump<H, S> {
     delayed: Vec<(Duration, u32)>,
     /// Queues with answers to publish.
     touched: Vec<u32>,
-    /// Queues with requests that wait for memory.
+    guests: memory::Guests,
+    rows: Rows,
+    /// Queues with requests that wait for memory, in line.
     starved: VecDeque<u32>,
+    /// The first of them that waits for others, and since when.
+    first_in_line: Option<(u32, Duration)>,
+    /// When the last turn began.
+    now: Duration,
     events: VecDeque<PumpEvent>,
     scratch: stages::Scratch,
+    pages_mapped: usize,
+    /// Inside [`Pump::turn`].
+    turning: bool,
 }
 
 impl<H: Hypervisor, S: Storage> Pump<H, S> {
@@ -153,9 +188,15 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             ready: VecDeque::new(),
             delayed: Vec::new(),
             touched: Vec::new(),
+            guests: memory::Guests::default(),
+            rows: Rows::default(),
             starved: VecDeque::new(),
+            first_in_line: None,
+            now: Duration::ZERO,
             events: VecDeque::new(),
             scratch: stages::Scratch::default(),
+            pages_mapped: 0,
+            turning: false,
         }
     }
 
@@ -165,16 +206,32 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
     }
 
     /// Puts an open image behind a disk.
-    pub fn add_disk(&mut self, file: FileId, size_sectors: u64, read_only: bool) -> DiskId {
+    pub fn add_disk(&mut self, plan: &DiskPlan) -> DiskId {
         // Every request of a queue of 32 may be a flush; more queues make the tables grow once.
-        let disk = Disk::new(file, size_sectors, read_only, 32);
-        DiskId(place_in(&mut self.disks, disk))
+        DiskId(place_in(&mut self.disks, Disk::new(plan, 32)))
+    }
+
+    /// Says what the frontend that is about to connect was offered, and whether it needs its answers in order. For the
+    /// queues that are attached from now on.
+    pub fn set_terms(&mut self, disk: DiskId, offers: Offers, in_order: bool) {
+        if let Some(disk) = self.disk(disk.0) {
+            (disk.offers, disk.in_order) = (offers, in_order);
+        }
     }
 
     /// Removes a disk that no queue uses, and closes its image.
     pub fn remove_disk(&mut self, disk: DiskId) {
         if let Some(disk) = self.disks.get_mut(disk.0 as usize).and_then(Option::take) {
-            self.storage.close(disk.file);
+            if disk.file != FileId::NONE {
+                self.storage.close(disk.file);
+            }
+        }
+    }
+
+    /// Tells a disk its new size. Requests past it are refused from now on.
+    pub fn resize_disk(&mut self, disk: DiskId, size_sectors: u64) {
+        if let Some(disk) = self.disk(disk.0) {
+            disk.image = formats::Raw::of_sectors(size_sectors);
         }
     }
 
@@ -237,7 +294,9 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         // A fresh ring has answered nothing, so this is where it starts too; and a frontend that does not wait for state
         // 4 may have been served by a predecessor that died before it wrote it.
         let ring = BackRing::resume(shared, plan.abi, u32::try_from(owed.len()).unwrap_or(0));
-        let mut queue = Queue::new(disk.0, plan.domain, port, ring, mapping, journal);
+        let guest = (plan.domain, self.guests.join(plan.domain));
+        let in_order = self.disk(disk.0).is_some_and(|disk| disk.in_order);
+        let mut queue = Queue::new(disk.0, guest, port, ring, mapping, journal, in_order);
         let inherited = queue.inherit(&owed, plan.abi);
         let id = place_in(&mut self.queues, queue);
         self.names.resize(self.queues.len(), String::new());
@@ -280,10 +339,17 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         !self.ready.is_empty() || self.scratch.has_flushes()
     }
 
-    /// When [`Pump::turn`] wants to be called though nothing happens: an event channel's delay ends.
+    /// Gives the memory of past load back, tables and data. Meant for moments without load.
+    pub fn trim(&mut self) {
+        self.queues.iter_mut().flatten().for_each(Queue::trim);
+        self.storage.trim();
+    }
+
+    /// When [`Pump::turn`] wants to be called though nothing happens: an event channel's delay ends, or
+    /// those behind the first in line for memory may pass.
     #[must_use]
     pub fn deadline(&self) -> Option<Duration> {
-        self.delayed.iter().map(|(deadline, _)| *deadline).min()
+        self.delayed.iter().map(|(deadline, _)| *deadline).chain(self.line_deadline()).min()
     }
 
     fn queue(&mut self, id: u32) -> Option<&mut Queue> {

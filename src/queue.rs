@@ -3,37 +3,56 @@
 //! A queue owns what it has taken from the ring until the answer is published; the pump (see `pump`) moves all queues
 //! through the stages together, so that system calls are per batch and not per request.
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
-use rings::{Abi, BackRing, Operation, Overrun, Request, Slot, Status};
+use rings::{Abi, BackRing, Operation, Overrun, Request, SECTOR_BYTES, Segments, Slot, Status};
 
-use crate::buffers::Span;
+use crate::buffers::Pool;
 use crate::disk::Epoch;
+use crate::grants::Grants;
 use crate::hypervisor::{CopyDirection, CopySegment, DomainId, Port, RingMapping};
 use crate::journal::{Journal, Owed};
 use crate::limits::{EVENT_DELAY_MAX, EVENT_DELAY_MIN, IDLE_EVENTS_FREE};
+use crate::pump::{Held, Rows};
+use crate::storage::StorageError;
 
 /// Where a request in flight stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Stage {
+    /// A barrier holds it back.
+    HeldBack,
+    /// A barrier that waits for what came before it.
+    Barrier,
     /// There was no memory for its data; tried again when some is freed.
     Starved,
-    /// A flush with data waits for its flush before it writes.
+    /// A flush or barrier with data waits for its flush before it writes.
     Preflush,
     /// With the storage.
     Storage,
-    /// A flush without data waits for its `fdatasync`.
+    /// A flush or barrier whose data, if it has any, is written waits for its `fdatasync`.
     Flush,
+    /// With the storage, which moves the data to or from the guest's own pages.
+    Mapped,
+    /// To be copied between the guest's pages and the file's own in this round.
+    Direct,
 }
 
 /// A request between being taken and being answered.
 #[derive(Clone, Debug)]
 pub(crate) struct InFlight {
     pub(crate) request: Request,
-    pub(crate) span: Span,
+    pub(crate) held: Held,
     pub(crate) stage: Stage,
     pub(crate) epoch: Option<Epoch>,
+    /// Transfers that storage has not answered.
+    pub(crate) transfers: u16,
+    /// The first error that one of them met.
+    pub(crate) error: Option<StorageError>,
 }
+
+// `limits::QUEUE_BYTES_MAX` counts with this.
+const _: () = assert!(size_of::<Option<InFlight>>() <= 256);
 
 /// What the guest did that a frontend must not do. Named for the log; the guest itself sees an error status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,14 +94,24 @@ pub struct Counters {
     pub writes: u64,
     /// Flushes answered.
     pub flushes: u64,
+    /// Barriers answered.
+    pub barriers: u64,
+    /// Discards answered.
+    pub discards: u64,
+    /// How many of the reads and writes were indirect.
+    pub indirect: u64,
     /// Bytes that reads brought.
     pub read_bytes: u64,
-    /// Bytes that writes took.
+    /// Bytes that writes, flushes and barriers took.
     pub written_bytes: u64,
+    /// Bytes that were discarded, as asked for: the medium does it by whole units.
+    pub discarded_bytes: u64,
     /// Requests answered with an error because storage failed.
     pub storage_errors: u64,
     /// Requests answered with an error or as unsupported because of what the guest sent.
     pub refused: u64,
+    /// Requests answered whose data went straight between the guest's pages and the file's.
+    pub direct: u64,
     /// Events that came in.
     pub events: u64,
     /// Events sent to the guest.
@@ -90,8 +119,30 @@ pub struct Counters {
 }
 
 impl Counters {
+    /// What several queues have counted.
+    #[must_use]
+    pub fn sum(all: impl Iterator<Item = Counters>) -> Counters {
+        all.fold(Counters::default(), |a, b| Counters {
+            reads: a.reads + b.reads,
+            writes: a.writes + b.writes,
+            flushes: a.flushes + b.flushes,
+            barriers: a.barriers + b.barriers,
+            discards: a.discards + b.discards,
+            indirect: a.indirect + b.indirect,
+            read_bytes: a.read_bytes + b.read_bytes,
+            written_bytes: a.written_bytes + b.written_bytes,
+            discarded_bytes: a.discarded_bytes + b.discarded_bytes,
+            storage_errors: a.storage_errors + b.storage_errors,
+            refused: a.refused + b.refused,
+            direct: a.direct + b.direct,
+            events: a.events + b.events,
+            notifications: a.notifications + b.notifications,
+        })
+    }
+
     fn count(&mut self, request: &Request) {
         let bytes = u64::from(request.length_bytes());
+        self.indirect += u64::from(matches!(request.segments, Segments::Indirect(_)));
         match request.operation {
             Operation::Read => {
                 self.reads += 1;
@@ -104,6 +155,14 @@ impl Counters {
             Operation::Flush => {
                 self.flushes += 1;
                 self.written_bytes += bytes;
+            }
+            Operation::Barrier => {
+                self.barriers += 1;
+                self.written_bytes += bytes;
+            }
+            Operation::Discard => {
+                self.discards += 1;
+                self.discarded_bytes += request.sectors.saturating_mul(SECTOR_BYTES);
             }
         }
     }
@@ -119,12 +178,25 @@ pub(crate) enum Intake {
     Closed,
 }
 
+/// Answers in the order of taking, for a frontend that matches them by their place on the ring.
+#[derive(Debug)]
+struct InOrder {
+    /// Places of what was taken, oldest first.
+    order: VecDeque<u16>,
+    /// What each place is to be answered, once that is known: id, operation, status.
+    answers: Vec<Option<(u64, u8, Status)>>,
+}
+
 /// One ring of a connected vbd.
 #[derive(Debug)]
 pub struct Queue {
     pub(crate) disk: u32,
     pub(crate) domain: DomainId,
+    /// The guest's number where its memory is counted.
+    pub(crate) guest: u32,
     pub(crate) port: Port,
+    /// Its pages that stay mapped, where both sides have agreed on that.
+    pub(crate) grants: Option<Grants>,
     /// Gone when the guest is gone and only storage keeps the queue alive.
     pub(crate) ring: Option<BackRing>,
     pub(crate) mapping: Option<RingMapping>,
@@ -143,9 +215,13 @@ pub struct Queue {
     /// The owner waits to be told that everything is answered.
     pub(crate) closing: bool,
     journal: Option<Journal>,
+    /// As long as the busiest moment needed; a ring has more places.
     in_flight: Vec<Option<InFlight>>,
+    /// Places not in use, the next one last.
     free: Vec<u16>,
+    places: usize,
     unpublished: Vec<u16>,
+    in_order: Option<InOrder>,
     idle_events: u32,
 }
 
@@ -153,18 +229,21 @@ impl Queue {
     /// A queue over an attached ring. `owed` are the requests that a predecessor took; the ring counts them as taken.
     pub(crate) fn new(
         disk: u32,
-        domain: DomainId,
+        (domain, guest): (DomainId, u32),
         port: Port,
         ring: BackRing,
         mapping: RingMapping,
         journal: Option<Journal>,
+        in_order: bool,
     ) -> Queue {
         let entries = ring.entries();
         let slots = u16::try_from(entries).unwrap_or(u16::MAX);
         Queue {
             disk,
             domain,
+            guest,
             port,
+            grants: None,
             ring: Some(ring),
             mapping: Some(mapping),
             intake: Intake::Open,
@@ -176,9 +255,14 @@ impl Queue {
             starved: false,
             closing: false,
             journal,
-            in_flight: (0..slots).map(|_| None).collect(),
+            in_flight: Vec::new(),
             free: (0..slots).rev().collect(),
-            unpublished: Vec::with_capacity(entries as usize),
+            places: slots.into(),
+            unpublished: Vec::with_capacity(slots.into()),
+            in_order: in_order.then(|| InOrder {
+                order: VecDeque::with_capacity(slots.into()),
+                answers: vec![None; slots.into()],
+            }),
             idle_events: 0,
         }
     }
@@ -194,6 +278,9 @@ impl Queue {
         if let Some(journal) = &mut self.journal {
             journal.taken(place.into(), slot.bytes());
         }
+        if let Some(in_order) = &mut self.in_order {
+            in_order.order.push_back(place);
+        }
         Some(place)
     }
 
@@ -202,7 +289,11 @@ impl Queue {
         let mut inherited = Vec::with_capacity(owed.len());
         for one in owed {
             if let Some(at) = self.free.iter().position(|place| u32::from(*place) == one.entry) {
-                inherited.push((self.free.remove(at), Slot::new(one.bytes, abi)));
+                let place = self.free.remove(at);
+                if let Some(in_order) = &mut self.in_order {
+                    in_order.order.push_back(place);
+                }
+                inherited.push((place, Slot::new(one.bytes, abi)));
             }
         }
         inherited
@@ -210,8 +301,12 @@ impl Queue {
 
     /// Puts a well-formed request into its place.
     pub(crate) fn keep(&mut self, place: u16, request: Request, stage: Stage) {
+        if self.in_flight.len() <= usize::from(place) {
+            self.in_flight.resize_with(usize::from(place) + 1, || None);
+        }
         if let Some(entry) = self.in_flight.get_mut(usize::from(place)) {
-            *entry = Some(InFlight { request, span: Span::EMPTY, stage, epoch: None });
+            let (held, epoch) = (Held::NONE, None);
+            *entry = Some(InFlight { request, held, stage, epoch, transfers: 0, error: None });
         }
     }
 
@@ -221,27 +316,35 @@ impl Queue {
 
     /// A request in flight that waits for memory.
     pub(crate) fn next_starved(&self) -> Option<u16> {
-        let is_starved =
-            |entry: &Option<InFlight>| entry.as_ref().is_some_and(|one| one.stage == Stage::Starved);
-        let place = self.in_flight.iter().position(is_starved)?;
+        self.next_at(Stage::Starved)
+    }
+
+    /// A request in flight that a barrier holds back.
+    pub(crate) fn next_held_back(&self) -> Option<u16> {
+        self.next_at(Stage::HeldBack)
+    }
+
+    fn next_at(&self, stage: Stage) -> Option<u16> {
+        let stands = |entry: &Option<InFlight>| entry.as_ref().is_some_and(|one| one.stage == stage);
+        let place = self.in_flight.iter().position(stands)?;
         u16::try_from(place).ok()
     }
 
     /// Requests taken whose answers are not published.
     pub(crate) fn unanswered(&self) -> usize {
-        self.in_flight.len() - self.free.len()
+        self.places - self.free.len()
     }
 
     /// Answers a request and forgets it. The answer is visible after [`Queue::publish`]. Returns its memory.
-    pub(crate) fn answer(&mut self, place: u16, status: Status) -> Span {
+    pub(crate) fn answer(&mut self, place: u16, status: Status) -> Held {
         let Some(one) = self.in_flight.get_mut(usize::from(place)).and_then(Option::take) else {
-            return Span::EMPTY;
+            return Held::NONE;
         };
         if status == Status::Okay {
             self.counters.count(&one.request);
         }
         self.respond(place, one.request.id, response_operation(one.request.operation), status);
-        one.span
+        one.held
     }
 
     /// Answers a slot that was filed and never became a request.
@@ -251,6 +354,16 @@ impl Queue {
     }
 
     fn respond(&mut self, place: u16, id: u64, operation: u8, status: Status) {
+        let Some(in_order) = &mut self.in_order else { return self.write(place, id, operation, status) };
+        if let Some(answer) = in_order.answers.get_mut(usize::from(place)) {
+            *answer = Some((id, operation, status));
+        }
+        while let Some((place, (id, operation, status))) = self.in_order.as_mut().and_then(InOrder::next) {
+            self.write(place, id, operation, status);
+        }
+    }
+
+    fn write(&mut self, place: u16, id: u64, operation: u8, status: Status) {
         // The place is used again only when the answer is out: until then its entry in the journal is needed.
         self.unpublished.push(place);
         if let Some(ring) = &mut self.ring {
@@ -277,23 +390,37 @@ impl Queue {
         notify
     }
 
-    /// The copies that move a request's data, appended to `segments`.
-    pub(crate) fn copies(&self, place: u16, direction: CopyDirection, segments: &mut Vec<CopySegment>) {
+    /// The copies that move a request's data, appended to `segments`. `rows` and `pool` tell of its memory.
+    pub(crate) fn copies(
+        &self,
+        place: u16,
+        direction: CopyDirection,
+        (rows, pool): (&Rows, &Pool),
+        segments: &mut Vec<CopySegment>,
+    ) {
         let Some(one) = self.in_flight.get(usize::from(place)).and_then(Option::as_ref) else { return };
         let mut at = 0;
-        for segment in &one.request.segments {
-            let length = u32::from(segment.length_bytes());
-            let Some(local) = one.span.part(at, length) else { return };
-            segments.push(CopySegment {
-                domain: self.domain,
-                grant: segment.grant,
-                offset_bytes: segment.offset_bytes(),
-                local,
-                direction,
-                copied: false,
-            });
-            at += length;
+        for segment in one.request.segments.iter(pool.bytes(one.held.descriptors)) {
+            let mut offset_bytes = segment.offset_bytes();
+            let end = at + u32::from(segment.length_bytes());
+            while at < end {
+                // A segment may lie across the end of a piece.
+                let Some(local) = rows.part(&one.held, at, end - at) else { return };
+                let (domain, grant) = (self.domain, segment.grant);
+                segments.push(CopySegment { domain, grant, offset_bytes, local, direction, copied: false });
+                at += local.length_bytes();
+                offset_bytes += u16::try_from(local.length_bytes()).unwrap_or(0);
+            }
         }
+    }
+
+    /// The copy that fetches the descriptors of an indirect request.
+    pub(crate) fn descriptor_copy(&self, place: u16) -> Option<CopySegment> {
+        let one = self.in_flight.get(usize::from(place)).and_then(Option::as_ref)?;
+        let Segments::Indirect(indirect) = &one.request.segments else { return None };
+        let (domain, grant, local) = (self.domain, indirect.grant, one.held.descriptors);
+        let direction = CopyDirection::FromGuest;
+        Some(CopySegment { domain, grant, offset_bytes: 0, local, direction, copied: false })
     }
 
     /// A look at the ring found requests: events before it were no storm.
@@ -311,9 +438,26 @@ impl Queue {
         }
     }
 
+    /// Gives up the table's memory that a busy moment took, as far as no request is in it.
+    pub(crate) fn trim(&mut self) {
+        let used = self.in_flight.iter().rposition(Option::is_some).map_or(0, |last| last + 1);
+        self.in_flight.truncate(used);
+        self.in_flight.shrink_to(used);
+    }
+
     /// Gives up the journal, to be closed.
     pub(crate) fn take_journal(&mut self) -> Option<Journal> {
         self.journal.take()
+    }
+}
+
+impl InOrder {
+    /// The oldest answer, if it is known.
+    fn next(&mut self) -> Option<(u16, (u64, u8, Status))> {
+        let place = *self.order.front()?;
+        let answer = self.answers.get_mut(usize::from(place)).and_then(Option::take)?;
+        self.order.pop_front();
+        Some((place, answer))
     }
 }
 
@@ -322,5 +466,7 @@ fn response_operation(operation: Operation) -> u8 {
         Operation::Read => rings::request::operation::READ,
         Operation::Write => rings::request::operation::WRITE,
         Operation::Flush => rings::request::operation::FLUSH,
+        Operation::Barrier => rings::request::operation::BARRIER,
+        Operation::Discard => rings::request::operation::DISCARD,
     }
 }

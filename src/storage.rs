@@ -11,10 +11,13 @@ pub mod linux;
 pub mod uring;
 
 mod calls;
+mod discards;
 mod files;
 mod hazards;
 mod legs;
+mod maps;
 mod medium;
+mod merge;
 mod requests;
 mod slots;
 
@@ -25,6 +28,11 @@ use crate::buffers::{Pool, Span};
 /// An open image file or block device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct FileId(pub u32);
+
+impl FileId {
+    /// Names no file: what an empty drive has.
+    pub const NONE: FileId = FileId(u32::MAX);
+}
 
 /// What may be done with an open image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,6 +62,33 @@ pub enum Identity {
     },
 }
 
+/// The units in which a medium lets content go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DiscardUnit {
+    /// Length of a unit in bytes: a multiple of 512.
+    pub granularity_bytes: u32,
+    /// Where the first whole unit starts, in bytes: less than the granularity.
+    pub alignment_bytes: u32,
+}
+
+impl DiscardUnit {
+    /// The whole units within `length` bytes from `offset`: first byte, and the byte after the last. Both the same when
+    /// there are none.
+    #[must_use]
+    pub fn within(&self, offset: u64, length: u64) -> (u64, u64) {
+        let unit = u64::from(self.granularity_bytes.max(1));
+        let shift = u64::from(self.alignment_bytes) % unit;
+        // In units' own terms everything lies `unit - shift` further on, so that nothing gets below zero.
+        let up = unit - shift;
+        let Some(end) = offset.checked_add(length).and_then(|end| end.checked_add(up)) else {
+            return (offset, offset);
+        };
+        let Some(from) = (offset + up).checked_next_multiple_of(unit) else { return (offset, offset) };
+        let to = end - end % unit;
+        if to <= from { (offset, offset) } else { (from - up, to - up) }
+    }
+}
+
 /// An image that was opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Opened {
@@ -67,6 +102,8 @@ pub struct Opened {
     pub physical_block_bytes: u32,
     /// Whether it bypasses the page cache.
     pub direct: bool,
+    /// The units in which content can be let go; `None` where that cannot be done, or the image is not writable.
+    pub discard: Option<DiscardUnit>,
     /// False for a writable image that another open file has locked: another program, or a process that is gone and whose
     /// last writes are not over.
     pub locked: bool,
@@ -81,6 +118,12 @@ pub enum IoKind {
     Write,
     /// Make durable what was written before: `fdatasync`.
     Flush,
+    /// The content is needed no longer. Whole units of the medium that lie within are let go, and may read as anything
+    /// then; the rest stays as it is.
+    Discard {
+        /// How much, in bytes.
+        length_bytes: u64,
+    },
 }
 
 /// One transfer. `token` comes back in the [`Done`].
@@ -94,7 +137,7 @@ pub struct Io {
     pub kind: IoKind,
     /// Where in the file; a multiple of 512.
     pub offset_bytes: u64,
-    /// The memory, a multiple of 512 long; empty for a flush.
+    /// The memory, a multiple of 512 long; empty for a flush and for a discard.
     pub span: Span,
 }
 
@@ -105,6 +148,14 @@ pub enum StorageError {
     Os(i32),
     /// The file ended where a write needed it not to.
     PastEnd,
+}
+
+impl StorageError {
+    /// True when the medium does not know the operation, and never will.
+    #[must_use]
+    pub fn is_unsupported(&self) -> bool {
+        matches!(self, StorageError::Os(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY))
+    }
 }
 
 /// A transfer that ended, well or badly.
@@ -139,11 +190,38 @@ pub trait Storage {
     /// Takes one finished open, if there is one.
     fn opened(&mut self) -> Option<(u64, Result<Opened, OpenError>)>;
 
+    /// Looks at the size of an open file again, and goes by it from now on. In bytes; `None` if it cannot be told without
+    /// waiting, or the file is not open.
+    fn measure(&mut self, file: FileId) -> Option<u64> {
+        let _ = file;
+        None
+    }
+
     /// Closes a file. The caller has taken every `Done` of it.
     fn close(&mut self, file: FileId);
 
     /// The memory that transfers may name.
     fn buffers(&mut self) -> &mut Pool;
+
+    /// Where the bytes of a file are that lives in memory, for a grant copy that goes straight there: no transfer, and no
+    /// copy of ours. Only until the second [`Storage::submit`] from now, and only to be named to the hypervisor, whose copy
+    /// fails as a whole if the pages cannot be had any more. `None` where the bytes must go through [`Storage::queue`]: in
+    /// most cases.
+    fn direct(&mut self, file: FileId, kind: IoKind, offset_bytes: u64, length_bytes: u32) -> Option<Span> {
+        let _ = (file, kind, offset_bytes, length_bytes);
+        None
+    }
+
+    /// Whether transfers of this file may name memory that is not of [`Storage::buffers`]: pages of a guest.
+    fn takes_pages(&mut self, file: FileId) -> bool {
+        let _ = file;
+        false
+    }
+
+    /// A copy to or from what [`Storage::direct`] had named failed as a whole: the file is not what it was.
+    fn not_direct(&mut self, file: FileId) {
+        let _ = file;
+    }
 
     /// Queues a transfer; nothing need start before [`Storage::submit`]. Its `Done` may be there at once, without any
     /// descriptor becoming readable: take [`Storage::done`] until it is empty before waiting.
@@ -152,6 +230,50 @@ pub trait Storage {
     /// Starts all that is queued, with as few system calls as the engine needs.
     fn submit(&mut self);
 
+    /// Gives unused memory back to the system, where there is such a thing.
+    fn trim(&mut self) {}
+
     /// Takes one finished transfer, if there is one. Starts what has to be tried or continued before it says no.
     fn done(&mut self) -> Option<Done>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Asks every sector whether its whole unit lies within.
+    fn by_hand(unit: DiscardUnit, offset: u64, length: u64) -> (u64, u64) {
+        let (size, shift) = (u64::from(unit.granularity_bytes), u64::from(unit.alignment_bytes));
+        let starts = (0..).map(|n| n * size + shift).take_while(|start| start + size <= offset + length);
+        let whole: Vec<u64> = starts.filter(|start| *start >= offset).collect();
+        match (whole.first(), whole.last()) {
+            (Some(first), Some(last)) => (*first, last + size),
+            _ => (offset, offset),
+        }
+    }
+
+    #[test]
+    fn only_whole_units_are_within() {
+        for (granularity_bytes, alignment_bytes) in
+            [(512, 0), (4096, 0), (4096, 1536), (1536, 512), (8192, 7680)]
+        {
+            let unit = DiscardUnit { granularity_bytes, alignment_bytes };
+            for offset in (0..20_000).step_by(512) {
+                for length in (512..30_000).step_by(512) {
+                    assert_eq!(
+                        unit.within(offset, length),
+                        by_hand(unit, offset, length),
+                        "{unit:?} {offset} {length}"
+                    );
+                }
+            }
+            for (offset, length) in [(u64::MAX - 511, 512), (512, u64::MAX - 511), (u64::MAX - 600, 600)] {
+                let (from, to) = unit.within(offset, length);
+                assert!(
+                    from <= to && from >= offset.min(from) && to - from <= length,
+                    "{unit:?} {offset} {length}"
+                );
+            }
+        }
+    }
 }

@@ -9,16 +9,18 @@
 mod action;
 mod address;
 mod decide;
+mod features;
 mod publish;
 mod view;
 mod world;
 
 pub use action::{
     Action, Actions, Config, ConnectError, ConnectPlan, Disconnect, ERROR_TEXT_MAX_BYTES, Event, Geometry,
-    Guard, Misdeed, Notice, Offered, OpenRequest, Place, Publication, QueuePlan, RingPlan, Script, Timer,
+    Guard, Misdeed, Notice, OpenRequest, Place, Publication, QueuePlan, RingPlan, Script, Timer,
 };
 pub use address::{Address, Kind};
-pub use world::{Key, Node, Side, World, keys};
+pub use features::{Discard, Features, Terms};
+pub use world::{FURTHER_KEYS_MAX, Key, Node, Side, World, further_keys, keys};
 
 use action::bounded;
 
@@ -44,7 +46,12 @@ enum Image {
 /// A ring that is mapped and served.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Serving {
-    plan: RingPlan,
+    /// As [`ConnectPlan::rings`].
+    rings: Vec<RingPlan>,
+    /// Which of them it is.
+    which: usize,
+    /// What it was connected with.
+    terms: Terms,
     /// State 4 was published for this ring.
     announced: bool,
     /// A predecessor served it.
@@ -69,12 +76,23 @@ enum Ring {
 /// A publication in flight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum InFlight {
-    /// This state; `first` when the directory was new.
-    State { state: u8, first: bool },
+    /// This state; with the timer that it has to stay for when the directory was new.
+    State { state: u8, settle: Option<Timer> },
     /// A text, and no change of state.
     Note,
     /// The removal of the directory.
     Removal,
+}
+
+/// The medium of a drive that a guest uses.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Medium {
+    /// What the toolstack wants in it is in it.
+    Settled,
+    /// The ring was handed over to ourselves, to be served from another image.
+    Changing,
+    /// This could not be put in, and why: the drive counts as empty.
+    Bad(OpenRequest, String),
 }
 
 /// What was tried.
@@ -82,7 +100,7 @@ enum InFlight {
 enum Attempt {
     Understand,
     Open(OpenRequest),
-    Connect(RingPlan),
+    Connect(Vec<RingPlan>),
 }
 
 /// The memory of a failed attempt: the same one is not made again without a reason.
@@ -116,6 +134,10 @@ pub struct Vbd {
     publishing: Option<InFlight>,
     image: Image,
     ring: Ring,
+    /// The last ring of several queues or pages that was given up: if its nodes still stand beside a plain ring, they
+    /// are leftovers.
+    given_up: Option<RingPlan>,
+    medium: Medium,
     setback: Option<Setback>,
     alarms: [Alarm; Timer::ALL.len()],
     /// A first read was decided on.
@@ -142,6 +164,8 @@ impl Vbd {
             publishing: None,
             image: Image::Closed,
             ring: Ring::Down,
+            given_up: None,
+            medium: Medium::Settled,
             setback: None,
             alarms: [Alarm::Off; Timer::ALL.len()],
             seen: false,
@@ -197,7 +221,12 @@ impl Vbd {
                     self.image = Image::Closed;
                 }
             }
-            Event::Connected => self.connected(),
+            Event::Resized(geometry) => {
+                if let Image::Open(_, known) = &mut self.image {
+                    *known = geometry;
+                }
+            }
+            Event::Connected(which) => self.connected(which),
             Event::ConnectFailed(error) => self.connect_failed(error),
             Event::Disconnected => {
                 if matches!(self.ring, Ring::Disconnecting(_)) {
@@ -262,7 +291,7 @@ impl Vbd {
     }
 
     fn published(&mut self, in_flight: InFlight, actions: &mut Actions) {
-        let InFlight::State { state, first } = in_flight else {
+        let InFlight::State { state, settle } = in_flight else {
             return;
         };
         self.advanced = true;
@@ -275,8 +304,8 @@ impl Vbd {
         {
             serving.announced = true;
         }
-        if state == view::INIT_WAIT && first && !self.stopping {
-            self.arm(Timer::Settle, actions);
+        if let (view::INIT_WAIT, Some(settle), false) = (state, settle, self.stopping) {
+            self.arm(settle, actions);
         }
     }
 
@@ -291,14 +320,22 @@ impl Vbd {
                 }
                 self.image = Image::Open(request, geometry);
             }
+            // A medium that cannot be put in must not hold up a guest's requests.
+            Err(text) if self.medium == Medium::Changing => {
+                self.medium = Medium::Bad(request, bounded(&text))
+            }
             Err(text) => self.failed(Attempt::Open(request), bounded(&text), None, true),
         }
     }
 
-    fn connected(&mut self) {
-        let Ring::Connecting(serving) = std::mem::replace(&mut self.ring, Ring::Down) else {
+    fn connected(&mut self, which: usize) {
+        let Ring::Connecting(mut serving) = std::mem::replace(&mut self.ring, Ring::Down) else {
             return;
         };
+        serving.which = which;
+        if self.medium == Medium::Changing {
+            self.medium = Medium::Settled;
+        }
         self.heir = self.heir && !serving.inherited;
         self.ring = Ring::Up(serving);
         self.setback = None;
@@ -308,7 +345,7 @@ impl Vbd {
         let Ring::Connecting(serving) = std::mem::replace(&mut self.ring, Ring::Down) else {
             return;
         };
-        let what = Attempt::Connect(serving.plan);
+        let what = Attempt::Connect(serving.rings);
         match error {
             // A ring that a predecessor served was good: what is wrong with it may pass.
             ConnectError::Misbehaved(misdeed) => {
@@ -339,8 +376,8 @@ impl Vbd {
             return;
         }
         let fired = match timer {
-            Timer::Linger => Alarm::Fired,
-            Timer::Settle | Timer::Retry | Timer::Republish => Alarm::Off,
+            Timer::Linger | Timer::LingerForScript => Alarm::Fired,
+            Timer::SettleForScript | Timer::Settle | Timer::Retry | Timer::Republish => Alarm::Off,
         };
         self.alarms[timer as usize] = fired;
         if timer == Timer::Retry
@@ -372,8 +409,7 @@ impl Vbd {
     fn release(&mut self, how: Disconnect, actions: &mut Actions) -> bool {
         match &mut self.ring {
             Ring::Up(_) => {
-                self.ring = Ring::Disconnecting(how);
-                actions.push(Action::Disconnect(how));
+                self.give_up_ring(how, actions);
                 return false;
             }
             Ring::Disconnecting(under_way) => {
@@ -395,6 +431,17 @@ impl Vbd {
             Image::Opening(_) | Image::Closing => false,
             Image::Closed => true,
         }
+    }
+
+    fn give_up_ring(&mut self, how: Disconnect, actions: &mut Actions) {
+        if let Ring::Up(serving) = std::mem::replace(&mut self.ring, Ring::Disconnecting(how)) {
+            let mut rings = serving.rings;
+            if how != Disconnect::HandOver && serving.which < rings.len() {
+                let ring = rings.swap_remove(serving.which);
+                self.given_up = Some(ring).filter(|ring| !ring.is_plain());
+            }
+        }
+        actions.push(Action::Disconnect(how));
     }
 
     /// On the way out for [`Event::Stop`]: nothing is written to xenstore, the ring is left to the successor.

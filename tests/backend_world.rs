@@ -4,6 +4,10 @@
 
 #[path = "backend_world/host.rs"]
 mod host;
+#[path = "backend_world/media.rs"]
+mod media;
+#[path = "backend_world/shapes.rs"]
+mod shapes;
 mod world;
 
 use std::time::Duration;
@@ -450,7 +454,8 @@ fn a_ring_that_closes_while_memory_is_short_does_not_keep_the_process_busy() {
         }
         host.run_for(Duration::from_secs(2));
         let used = host.backend.as_mut().unwrap().pump().storage.buffers().used_bytes();
-        assert!(used > 900 << 10, "{used} bytes: nobody waits for memory");
+        // Two guests may hold two thirds of the arena's 1 MiB.
+        assert!(used > 600 << 10, "{used} bytes: nobody waits for memory");
         for guest in [7, 8] {
             host.set_fe(guest, &[("state", "6")]);
         }
@@ -488,7 +493,7 @@ fn a_batch_that_the_kernel_cannot_copy_at_once_fails_nobodys_requests() {
         for guest in 1..=3 {
             let (disk, path) = host.add_image(300);
             host.attach(guest, &path, &[]);
-            host.connect_guest(Habits { odd: 0, ..habits(guest, disk, 300) });
+            host.connect_guest(Habits { odd: 0, indirect: 0, ..habits(guest, disk, 300) });
         }
         for guest in 1..=3 {
             host.wait_served(guest);

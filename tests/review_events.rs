@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use rings::request::operation;
 use rings::{Abi, FrontRing, Segment, SharedPages};
-use vbdd::pump::{Pump, RingPlan};
+use vbdd::pump::{DiskPlan, Pump, RingPlan};
 use world::Shared;
 use world::hypervisor::SimXen;
 use world::journals::SimJournals;
@@ -31,7 +31,7 @@ fn events_that_come_behind_their_request_delay_nothing() {
     let mut storage = SimStorage::new(shared.clone(), 1 << 20);
     let file = storage.open_image(image);
     let mut pump = Pump::new(SimXen(shared.clone()), storage, Box::new(SimJournals(shared.clone())));
-    let disk = pump.add_disk(file, 100, false);
+    let disk = pump.add_disk(&DiskPlan::new(file, 100, false));
     let plan = RingPlan {
         domain: 7,
         grants: vec![ring],

@@ -8,12 +8,12 @@ use std::cell::Cell;
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use rings::request::operation::{READ, WRITE};
-use rings::{Abi, FrontRing, Segment, SharedPages};
+use rings::request::operation::{BARRIER, READ, WRITE};
+use rings::{Abi, FrontRing, Offers, Segment, SharedPages};
 use vbdd::buffers::Pool;
 use vbdd::hypervisor::{CopySegment, DomainId, GrantRef, Hypervisor, HypervisorError, Port, RingMapping};
 use vbdd::journal::{JournalStore, Memory};
-use vbdd::pump::{Pump, RingPlan};
+use vbdd::pump::{DiskPlan, Pump, RingPlan};
 use vbdd::storage::{Access, Done, FileId, Io, OpenError, Opened, Storage};
 use world::memory::GuestMemory;
 
@@ -113,7 +113,8 @@ fn no_request_allocates_at_steady_state() {
     let mut front = FrontRing::create(unsafe { SharedPages::new(guest.page(0), 1) }, Abi::X86_64);
     let storage = Inline { pool: Pool::new(4 << 20).unwrap(), running: VecDeque::with_capacity(64) };
     let mut pump = Pump::new(Bare(guest), storage, Box::new(OneJournal(Box::new(Room([0; 4 * 4096])))));
-    let disk = pump.add_disk(FileId(0), 1 << 20, false);
+    let offers = Offers { indirect_segments: 256, barrier: true, discard: true };
+    let disk = pump.add_disk(&DiskPlan { offers, ..DiskPlan::new(FileId(0), 1 << 20, false) });
     let plan = RingPlan {
         domain: 1,
         grants: vec![8],
@@ -132,9 +133,13 @@ fn no_request_allocates_at_steady_state() {
             served = 0;
         }
         for n in 0..32_u64 {
-            match (round + n) % 8 {
+            match (round + n) % 10 {
                 0 => front.write_flush(n),
                 1 => front.write(3, n, n * 8, &[segment; 2], 2),
+                // Descriptors that nobody copies say what the memory held before: zeroes, one sector each.
+                8 => front.write_indirect((n % 2) as u8, n, n * 8, 256, &[9]),
+                9 if n % 2 == 0 => front.write_discard(n, n * 8, 100, 0),
+                9 => front.write(BARRIER, n, n * 8, &[segment; 2], 2),
                 2..5 => front.write(WRITE, n, n * 8, &[segment; 11], 11),
                 _ => front.write(READ, n, n * 8, &[segment; 11], 11),
             }

@@ -11,6 +11,7 @@ use world::{Faults, for_seeds};
 /// A short run: two guests, two queues, few requests of every kind.
 fn short_world(seed: u64) -> World {
     let mut world = World::new(seed, 1 << 20);
+    world.backend.in_order = seed % 2 == 1;
     let abis = [Abi::X86_64, Abi::X86_32, Abi::Arm];
     for n in 0..2_u64 {
         let disk = world.add_image(200, false);
@@ -23,7 +24,9 @@ fn short_world(seed: u64) -> World {
             reads: 4,
             flushes: 2,
             flushes_with_data: 2,
-            odd: 3,
+            barriers: 1,
+            odd: 2,
+            in_order: seed % 2 == 1,
             ..Habits::new(n as u16 + 1, disk)
         });
     }

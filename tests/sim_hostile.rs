@@ -76,6 +76,7 @@ fn small_requests_of_others_do_not_keep_memory_from_large_ones() {
         // than there is.
         let habits = Habits {
             requests: 20,
+            depth: 1,
             frames: 360,
             segments_min: 11,
             whole_pages: true,
@@ -91,6 +92,25 @@ fn small_requests_of_others_do_not_keep_memory_from_large_ones() {
         let world = unharmed(world)?;
         let waited = world.latency_us_max();
         if waited > 60_000 { Err(format!("a request waited {waited} us for memory")) } else { Ok(()) }
+    });
+}
+
+#[test]
+fn guests_whose_disks_hang_leave_memory_to_the_others() {
+    for_seeds(4, |seed| {
+        // Seven guests fill their rings and get no answer, ever; together they want 224 pages of the 256.
+        let habits = Habits { requests: 60, indirect_max: 24, ..victim() };
+        let mut world = besieged(seed, habits, &[GREEDY; 7]);
+        let hung: Vec<usize> = world.backend.vbds[1..].iter().map(|vbd| vbd.image).collect();
+        world.shared.media.borrow_mut().hung.extend(hung);
+        world.shared.eager.set(true);
+        world.run()?;
+        let free = (1 << 20) - world.backend.pump.as_ref().unwrap().storage.pool_used_bytes();
+        if free < (1 << 20) / 8 {
+            return Err(format!("{free} bytes are left"));
+        }
+        world.shared.media.borrow_mut().unhang();
+        unharmed(world).map(drop)
     });
 }
 

@@ -3,7 +3,9 @@
 
 mod world;
 
-use world::guest::Habits;
+use rings::Abi;
+use world::backend::Vbd;
+use world::guest::{Habits, SaneGuest};
 use world::run::{World, sane_world};
 use world::{Faults, for_seeds};
 
@@ -123,6 +125,100 @@ fn a_queue_that_closes_while_it_waits_for_memory_serves_what_was_sent() {
             world.backend.with(|pump| pump.close(queue));
         }
         world.run()?;
+        world.close()
+    });
+}
+
+#[test]
+fn rings_of_every_order_can_be_full_of_requests() {
+    for order in 0..=4 {
+        for abi in [Abi::X86_64, Abi::X86_32, Abi::Arm] {
+            let entries = abi.entries(1 << order);
+            let mut world = World::new(order, 8 << 20);
+            let disk = world.add_image(5000, false);
+            world.add_guest(Habits {
+                abi,
+                ring_pages: 1 << order,
+                requests: 2 * entries,
+                frames: entries as usize,
+                depth: entries,
+                segments_max: 1,
+                indirect: 0,
+                reads: 16,
+                ..Habits::new(1, disk)
+            });
+            world.shared.faults.set(Faults { latency_us_max: 1_000_000, ..calm() });
+            let taken = |world: &World| {
+                let queue = world.backend.lines[0].queue.unwrap();
+                world.backend.pump.as_ref().unwrap().unanswered(queue)
+            };
+            world.run_until(|world| world.backend.turns > 0 && taken(world) == entries as usize).unwrap();
+            world.run().unwrap();
+            world.check_media().unwrap();
+            world.close().unwrap();
+        }
+    }
+}
+
+/// Two domains whose queues lead to one disk, with barriers and flushes in both.
+fn shared_disk(seed: u64) -> World {
+    let mut world = World::new(seed, 1 << 20);
+    let disk = world.add_image(300, false);
+    let mut rings = Vec::new();
+    for domain in [1, 2] {
+        let habits =
+            Habits { queues: 2, requests: 150, barriers: 2, flushes: 2, ..Habits::new(domain, disk) };
+        let guest = SaneGuest::new(&world.shared, habits);
+        rings.extend(guest.rings());
+        world.add_actor(Box::new(guest));
+    }
+    let image = world.shared.models.borrow()[disk].image;
+    world.backend.add(Vbd { image, sectors: 300, read_only: false, rings });
+    world.shared.faults.set(Faults { slow: 100, ..calm() });
+    world
+}
+
+#[test]
+fn queues_of_a_disk_are_aborted_and_the_others_go_on() {
+    for_seeds(30, |seed| {
+        let mut world = shared_disk(seed);
+        let end = 1 + world.shared.below(3000);
+        world.run_until(|world| world.steps > end || world.finished())?;
+        // The second domain dies: its two queues are aborted, whatever barrier or flush is theirs.
+        world.shared.guests.borrow_mut().retain(|guest| guest.domain() != 2);
+        world.shared.xen.borrow_mut().destroy_domain(2);
+        for at in 2..4 {
+            if let Some(queue) = world.backend.lines[at].queue {
+                world.backend.with(|pump| pump.abort(queue));
+            }
+        }
+        world.shared.xen.borrow_mut().aborted.insert(2);
+        world.run()?;
+        world.close()
+    });
+}
+
+#[test]
+fn queues_of_a_disk_are_closed_and_the_others_go_on() {
+    for_seeds(30, |seed| {
+        let mut world = shared_disk(seed);
+        let end = 1 + world.shared.below(3000);
+        world.run_until(|world| world.steps > end || world.finished())?;
+        // One domain leaves: what it has sent is served, its queues drain and are detached.
+        let leaving: Vec<_> = world.backend.lines[2..].iter().filter_map(|line| line.queue).collect();
+        for queue in leaving {
+            world.backend.with(|pump| pump.quiesce(queue));
+        }
+        world.run_until(|world| world.backend.lines[2..].iter().all(|line| line.drained))?;
+        for at in 2..4 {
+            world.backend.detach(at, false);
+        }
+        // The other one is served to the end; the ring that was left is then taken up again.
+        let first_done = |world: &World| world.shared.guests.borrow()[0].finished();
+        world.run_until(first_done)?;
+        world.backend.die();
+        world.run()?;
+        world.check_media()?;
         world.close()
     });
 }

@@ -8,9 +8,10 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use storage_support::{Dice, Directory, Rig, on_disk, options};
+use vbdd::buffers::Span;
 use vbdd::storage::engine::EngineChoice;
 use vbdd::storage::linux::Options;
-use vbdd::storage::{Access, Identity, Storage, StorageError};
+use vbdd::storage::{Access, Identity, IoKind, Storage, StorageError};
 
 /// A loop device, released at the end.
 struct Loop(String);
@@ -64,6 +65,15 @@ fn blocks_of_4096_and_of_512() {
             rig.flush(opened.file).unwrap();
             assert_eq!(rig.write(opened.file, 1 << 20, &[0; 512]), Err(StorageError::PastEnd));
             assert!(std::fs::read(&device.0).unwrap() == shadow);
+            let unit = opened.discard.unwrap();
+            let (from, to) = unit.within(512, 600 * 1024);
+            assert!(from < to && unit.granularity_bytes >= block, "{unit:?}");
+            let kind = IoKind::Discard { length_bytes: 600 * 1024 };
+            let token = rig.queue(opened.file, kind, 512, Span::EMPTY);
+            rig.finish(token).unwrap();
+            // A loop device's discard is a hole in its file, which reads as zeroes.
+            shadow[usize::try_from(from).unwrap()..usize::try_from(to).unwrap()].fill(0);
+            assert!(rig.read(opened.file, 0, 1 << 20).unwrap() == shadow, "{unit:?}");
         }
     }
 }

@@ -1,11 +1,12 @@
 //! Files of all sorts through both engines: contents, ends, sizes.
-#![allow(missing_docs, clippy::unwrap_used)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::cast_possible_truncation)]
 
 mod storage_support;
 
 use storage_support::{Directory, Rig, in_memory, on_disk, options};
+use vbdd::buffers::Span;
 use vbdd::storage::engine::EngineChoice;
-use vbdd::storage::{Access, Storage, StorageError};
+use vbdd::storage::{Access, IoKind, Storage, StorageError};
 
 const ENGINES: [EngineChoice; 2] = [EngineChoice::Uring, EngineChoice::Aio];
 
@@ -143,5 +144,72 @@ fn a_closed_image_can_be_opened_again_at_once() {
             rig.write(opened.file, 0, &[7; 4096]).unwrap();
             rig.storage.close(opened.file);
         }
+    });
+}
+
+#[test]
+fn discards_let_go_of_whole_units_and_of_nothing_else() {
+    everywhere("discard", |rig, directory, case| {
+        let before = pattern(256 * 1024, 3);
+        let path = directory.file("image", &before);
+        let opened = rig.open(&path, Access::ReadWrite).unwrap();
+        let Some(unit) = opened.discard else { panic!("no holes on this file system, {case}") };
+        assert_eq!((unit.granularity_bytes % 512, unit.alignment_bytes), (0, 0), "{case}");
+        let mut expected = before.clone();
+        let unit = u64::from(unit.granularity_bytes);
+        for (offset, length) in [
+            (0, 512),
+            (unit - 512, 1024),
+            (512, 2 * unit),
+            (4 * unit, unit),
+            (7 * unit - 512, 3 * unit + 1024),
+        ] {
+            let token = rig.queue(opened.file, IoKind::Discard { length_bytes: length }, offset, Span::EMPTY);
+            assert_eq!(rig.finish(token), Ok(()), "{case} {offset} {length}");
+            let (from, to) = (offset.next_multiple_of(unit), (offset + length) / unit * unit);
+            if let Some(gone) = expected.get_mut(from as usize..to as usize) {
+                gone.fill(0);
+            }
+        }
+        let punched = expected.iter().zip(&before).any(|(after, before)| after != before);
+        assert!(punched && unit <= 64 * 1024, "{case}: a unit of {unit} bytes shows nothing");
+        assert_eq!(rig.read(opened.file, 0, before.len()).unwrap(), expected, "{case}");
+        assert_eq!(std::fs::read(&path).unwrap(), expected, "{case}: the size stays");
+        // Many at once, of one file, among writes elsewhere; all of it at last.
+        let tokens: Vec<u64> = (0..20)
+            .map(|_| rig.queue(opened.file, IoKind::Discard { length_bytes: 128 * 1024 }, 0, Span::EMPTY))
+            .collect();
+        rig.write(opened.file, 200 * 1024, &[7; 4096]).unwrap();
+        tokens.iter().for_each(|token| rig.finish(*token).unwrap());
+        let token = rig.queue(opened.file, IoKind::Discard { length_bytes: 256 * 1024 }, 0, Span::EMPTY);
+        rig.finish(token).unwrap();
+        rig.flush(opened.file).unwrap();
+        assert_eq!(rig.read(opened.file, 0, before.len()).unwrap(), vec![0; before.len()], "{case}");
+        use std::os::unix::fs::MetadataExt;
+        assert_eq!(std::fs::metadata(&path).unwrap().blocks(), 0, "{case}: no space is taken any more");
+    });
+}
+
+#[test]
+fn discards_are_refused_out_of_range_and_read_only() {
+    everywhere("no-discard", |rig, directory, case| {
+        let path = directory.file("image", &pattern(64 * 1024, 3));
+        let opened = rig.open(&path, Access::ReadWrite).unwrap();
+        for (offset, length, error) in [
+            (0, 64 * 1024 + 512, StorageError::PastEnd),
+            (64 * 1024, 4096, StorageError::PastEnd),
+            (512, u64::MAX - 511, StorageError::PastEnd),
+            (512, 0, StorageError::Os(libc::EINVAL)),
+            (100, 4096, StorageError::Os(libc::EINVAL)),
+        ] {
+            let token = rig.queue(opened.file, IoKind::Discard { length_bytes: length }, offset, Span::EMPTY);
+            assert_eq!(rig.finish(token), Err(error), "{case} {offset} {length}");
+        }
+        rig.storage.close(opened.file);
+        let opened = rig.open(&path, Access::ReadOnly).unwrap();
+        assert_eq!(opened.discard, None, "{case}");
+        let token = rig.queue(opened.file, IoKind::Discard { length_bytes: 4096 }, 0, Span::EMPTY);
+        assert_eq!(rig.finish(token), Err(StorageError::Os(libc::EROFS)), "{case}");
+        assert_eq!(std::fs::read(&path).unwrap(), pattern(64 * 1024, 3), "{case}");
     });
 }

@@ -38,6 +38,8 @@ struct World {
     /// What each sector must hold; `None` after a failed write.
     shadow: Vec<Option<[u8; 512]>>,
     flights: Vec<Flight>,
+    /// What the last request was, and the sector where it ended, if that was a whole page's end.
+    last: Option<(IoKind, usize)>,
     errno: Option<i32>,
     finished: u64,
     failed: u64,
@@ -52,7 +54,17 @@ impl World {
             shadow.push(Some(bytes));
         }
         let dice = Dice(seed);
-        World { rig, file, dice, shadow, flights: Vec::new(), errno: None, finished: 0, failed: 0 }
+        World {
+            rig,
+            file,
+            dice,
+            shadow,
+            flights: Vec::new(),
+            last: None,
+            errno: None,
+            finished: 0,
+            failed: 0,
+        }
     }
 
     fn roll(&mut self, below: usize) -> usize {
@@ -78,8 +90,15 @@ impl World {
         if self.roll(4) == 0 {
             from &= !7;
         }
+        let mut kind = if self.roll(3) == 0 { IoKind::Read } else { IoKind::Write };
+        // As often as not whole pages that go on where the last ones ended.
+        let pages = self.roll(2) == 0;
+        let sectors = if pages { 8 * (1 + self.roll(3)) } else { sectors };
+        if pages {
+            (kind, from) = self.last.filter(|_| self.roll(8) > 0).unwrap_or((kind, from & !7));
+            from = if from < self.shadow.len() { from } else { 0 };
+        }
         let sectors = sectors.min(self.shadow.len() - from);
-        let kind = if self.roll(3) == 0 { IoKind::Read } else { IoKind::Write };
         let meddle = self.roll(3) == 0;
         let overlaps = |other: &Flight| from < other.from + other.sectors && other.from < from + sectors;
         let clash = self.flights.iter().any(|other| match (kind, other.kind) {
@@ -96,7 +115,8 @@ impl World {
             other.shared.extend(common.clone());
             shared.extend(common);
         }
-        let skip = if self.roll(2) == 0 { 0 } else { 512 * self.roll(8) };
+        self.last = pages.then_some((kind, from + sectors));
+        let skip = if pages || self.roll(2) == 0 { 0 } else { 512 * self.roll(8) };
         let whole = self.rig.alloc(sectors * 512 + skip);
         let part = whole.part(u32::try_from(skip).unwrap(), u32::try_from(sectors * 512).unwrap()).unwrap();
         let mut bytes = vec![0xcc; sectors * 512];
@@ -222,6 +242,8 @@ fn run(
     world.run(requests, 24);
     world.compare(&path);
     let plan = plan.take();
+    let merged = world.rig.storage.merged();
+    assert!(merged > 50 || plan.room > 0, "only {merged} transfers were merged");
     assert_eq!(plan.misaligned, 0, "a transfer that such a medium refuses (seed {seed:#x})");
     (world, plan)
 }

@@ -5,7 +5,7 @@ mod world;
 
 use rings::{Abi, FrontRing, SharedPages};
 use vbdd::journal::{JournalStore, Memory};
-use vbdd::pump::{AttachError, Pump, RingPlan};
+use vbdd::pump::{AttachError, DiskPlan, Pump, RingPlan};
 use vbdd::storage::{Access, Storage};
 use world::Shared;
 use world::hypervisor::SimXen;
@@ -43,7 +43,7 @@ fn attach(waiting: u64, assume_clean: bool) -> Result<(), AttachError> {
     if assume_clean {
         pump.assume_clean();
     }
-    let disk = pump.add_disk(opened.file, 64, false);
+    let disk = pump.add_disk(&DiskPlan::new(opened.file, 64, false));
     let grants = vec![ring];
     let journal = "1".to_owned();
     let plan = RingPlan { domain: 1, grants, remote_port: port, abi: Abi::X86_64, resume: true, journal };

@@ -19,7 +19,7 @@ use std::time::Instant;
 
 use faults::Fault;
 use model::{Freedom, Image, Label, Model, Ring, State};
-use store::{Frontend, RingNodes};
+use store::{Backend, Frontend, Medium, RingNodes};
 use vbdd::vbd::{Place, Script};
 
 /// More steps than any way to rest takes.
@@ -230,14 +230,28 @@ fn at_rest(model: &Model, s: &State) -> Result<(), String> {
             let kept = matches!(s.ring, Ring::Up(_) | Ring::Broken(_))
                 && matches!(front.ring, RingNodes::None | RingNodes::Malformed);
             must(
-                refused || (backend.state == 4 && backend.sized && (same || kept)),
+                refused || (backend.state == 4 && backend.sized > 0 && (same || kept)),
                 "the frontend waits for 4",
             )?;
+            right_medium(model, s, backend)?;
             let broken = matches!(s.ring, Ring::Broken(_));
             must(!broken || backend.error != 0, "a broken ring, and no word about it")
         }
         _ => Ok(()),
     }
+}
+
+/// What must be true of the image at rest, for a frontend that uses it.
+fn right_medium(model: &Model, s: &State, backend: Backend) -> Result<(), String> {
+    let Image::Open(medium) = s.image else { return Ok(()) };
+    if backend.state != 4 {
+        return Ok(());
+    }
+    let must = |holds: bool, text: &str| if holds { Ok(()) } else { Err(format!("at rest: {text}")) };
+    must(backend.sized == medium.size(s.grown), "the frontend was told another size")?;
+    let drive = !model.freedom.media.is_empty();
+    let bad = medium == Medium::Empty && backend.error != 0;
+    must(!drive || medium == backend.medium || bad, "the wrong medium is in the drive")
 }
 
 fn explored(name: &str, place: Place, script: Script, freedom: Freedom, fault: Fault) -> Found {
@@ -266,6 +280,8 @@ const ALL: Freedom = Freedom {
     torn_reads: false,
     restarts: true,
     failures: true,
+    media: &[],
+    grows: false,
     frontend_states: &[0, 1, 3, 4, 5, 6],
     rings: EVERY_RING,
 };
@@ -319,14 +335,56 @@ fn reads_that_are_torn() {
     assert_sound("driver domain, torn reads", Place::DriverDomain, Script::Ours, TORN);
 }
 
+/// Two queues, alone or beside the ring of an earlier frontend.
+const TWO_QUEUES: &[RingNodes] = &[RingNodes::A, RingNodes::Two, RingNodes::TwoAndA];
+
+#[test]
+fn two_queues_restarted() {
+    let freedom = Freedom { frontend_states: &[1, 3, 4, 6], rings: TWO_QUEUES, ..NO_FAILURES };
+    assert_sound("driver domain, two queues, restarts", Place::DriverDomain, Script::Ours, freedom);
+}
+
+#[test]
+fn two_queues_where_things_fail() {
+    let freedom = Freedom { rings: &[RingNodes::TwoAndA], ..NO_RESTARTS };
+    assert_sound("driver domain, two queues, failures", Place::DriverDomain, Script::Ours, freedom);
+}
+
+const EVERY_MEDIUM: &[Medium] = &[Medium::A, Medium::B, Medium::Empty];
+
+#[test]
+fn a_drive_whose_medium_is_changed() {
+    let restarts = Freedom {
+        media: &[Medium::A, Medium::B],
+        failures: false,
+        frontend_states: &[1, 4, 5, 6],
+        rings: &[RingNodes::A],
+        ..ALL
+    };
+    assert_sound("driver domain, media, restarts", Place::DriverDomain, Script::Ours, restarts);
+    let failures = Freedom { media: EVERY_MEDIUM, frontend_states: &[1, 4], ..NO_RESTARTS };
+    assert_sound("driver domain, media, failures", Place::DriverDomain, Script::Ours, failures);
+}
+
+#[test]
+fn a_disk_that_grows() {
+    let freedom = Freedom { grows: true, ..SMALL };
+    assert_sound("driver domain, growing", Place::DriverDomain, Script::Ours, freedom);
+    let script = Freedom { script: true, frontend_states: &[1, 4], ..freedom };
+    assert_sound("dom0, script, growing", Place::Dom0, Script::AsTheNodeSays, script);
+}
+
 #[test]
 fn every_planted_bug_is_found() {
-    let sound = explored("small", Place::DriverDomain, Script::Ours, SMALL, Fault::None);
-    assert_eq!(sound.broken, None);
-    for fault in Fault::ALL {
-        let found = explored("small", Place::DriverDomain, Script::Ours, SMALL, fault);
-        let told = found.broken.unwrap_or_else(|| panic!("{fault:?} was not found"));
-        println!("  {}", told.lines().take(2).collect::<Vec<_>>().join(" "));
+    let two = Freedom { rings: &[RingNodes::Two], ..SMALL };
+    for (name, freedom) in [("small", SMALL), ("small, two queues", two)] {
+        let sound = explored(name, Place::DriverDomain, Script::Ours, freedom, Fault::None);
+        assert_eq!(sound.broken, None);
+        for fault in Fault::ALL {
+            let found = explored(name, Place::DriverDomain, Script::Ours, freedom, fault);
+            let told = found.broken.unwrap_or_else(|| panic!("{fault:?} was not found"));
+            println!("  {}", told.lines().take(2).collect::<Vec<_>>().join(" "));
+        }
     }
 }
 

@@ -7,6 +7,8 @@
 mod connecting;
 #[path = "vbd_sequences/host.rs"]
 mod host;
+#[path = "vbd_sequences/media.rs"]
+mod media;
 #[path = "vbd_sequences/misdeeds.rs"]
 mod misdeeds;
 #[path = "vbd_sequences/mistakes.rs"]
@@ -15,5 +17,7 @@ mod mistakes;
 mod restarts;
 #[path = "vbd_sequences/returning.rs"]
 mod returning;
+#[path = "vbd_sequences/shapes.rs"]
+mod shapes;
 #[path = "vbd_sequences/unplugging.rs"]
 mod unplugging;

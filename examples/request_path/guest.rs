@@ -11,7 +11,9 @@ use crate::machine::{GuestMemory, PAGE};
 pub(crate) struct Habit {
     pub(crate) write: bool,
     pub(crate) depth: u32,
-    /// Bytes of a request: whole pages, 11 at most.
+    /// From one block to the next, and not anywhere.
+    pub(crate) sequential: bool,
+    /// Bytes of a request: whole pages, 256 at most; more than 11 go by indirect requests.
     pub(crate) block_bytes: usize,
     /// Size of the disk in such blocks.
     pub(crate) blocks: u64,
@@ -22,9 +24,9 @@ impl Habit {
         self.block_bytes / PAGE
     }
 
-    /// Pages that a guest needs: its ring, and the data of every request.
+    /// Pages that a guest needs: its ring, the data of every request, and a page of descriptors for each.
     pub(crate) fn guest_pages(&self) -> usize {
-        1 + self.depth as usize * self.pages()
+        1 + self.depth as usize * (self.pages() + 1)
     }
 }
 
@@ -38,6 +40,7 @@ pub(crate) struct Guest {
     free: Vec<u32>,
     block_of: Vec<u64>,
     dice: u64,
+    next_block: u64,
     /// Requests that it is still to send.
     pub(crate) quota: u64,
     pub(crate) answered: u64,
@@ -58,6 +61,7 @@ impl Guest {
             free: (0..habit.depth).collect(),
             block_of: vec![0; habit.depth as usize],
             dice: 0x9e37_79b9_7f4a_7c15 ^ (u64::from(first_grant) << 20),
+            next_block: 0,
             quota: 0,
             answered: 0,
             errors: 0,
@@ -77,7 +81,11 @@ impl Guest {
         self.first_grant + 1 + GrantRef::try_from(pages).unwrap_or(0)
     }
 
-    fn roll(&mut self) -> u64 {
+    fn block(&mut self) -> u64 {
+        if self.habit.sequential {
+            self.next_block = (self.next_block + 1) % self.habit.blocks;
+            return self.next_block;
+        }
         self.dice ^= self.dice << 13;
         self.dice ^= self.dice >> 7;
         self.dice ^= self.dice << 17;
@@ -96,7 +104,7 @@ impl Guest {
         while self.quota > 0
             && let Some(request) = self.free.pop()
         {
-            let block = self.roll();
+            let block = self.block();
             self.send(request, block);
             self.quota -= 1;
             sent = true;
@@ -107,14 +115,26 @@ impl Guest {
     fn send(&mut self, request: u32, block: u64) {
         let pages = self.habit.pages();
         let mut segments = [Segment { grant: 0, first: 0, last: 7 }; 11];
-        for (page, segment) in segments.iter_mut().enumerate().take(pages) {
-            segment.grant = self.grant(request, page);
-        }
         self.block_of[request as usize] = block;
         let sector = block * (self.habit.block_bytes as u64 / 512);
         let op = if self.habit.write { operation::WRITE } else { operation::READ };
-        let count = u8::try_from(pages).unwrap_or(0);
-        self.ring.write(op, request.into(), sector, &segments[..pages], count);
+        if pages <= segments.len() {
+            for (page, segment) in segments.iter_mut().enumerate().take(pages) {
+                segment.grant = self.grant(request, page);
+            }
+            let count = u8::try_from(pages).unwrap_or(0);
+            return self.ring.write(op, request.into(), sector, &segments[..pages], count);
+        }
+        let descriptors =
+            self.first_grant + 1 + self.habit.depth * u32::try_from(pages).unwrap_or(0) + request;
+        let Some(table) = self.memory.page(descriptors) else { return };
+        for page in 0..pages {
+            let segment = Segment { grant: self.grant(request, page), first: 0, last: 7 };
+            // SAFETY: within a page of ours, as there are at most 256 of 8 bytes.
+            unsafe { table.add(page * 8).cast::<[u8; 8]>().write_unaligned(segment.to_bytes()) };
+        }
+        let count = u16::try_from(pages).unwrap_or(0);
+        self.ring.write_indirect(op, request.into(), sector, count, &[descriptors]);
     }
 
     /// Sends one request for each place, to blocks that differ, written data marked. See [`Guest::compare`].

@@ -1,6 +1,6 @@
 //! The way of a request, measured: simulated guests in this process, the real pump, reactor, journal and storage.
 //!
-//! `request_path [--file PATH] [--write] [--depth N] [--disks N] [--requests N] [--block BYTES] [--engine E]
+//! `request_path [--file PATH] [--write] [--sequential] [--depth N] [--disks N] [--requests N] [--block BYTES] [--engine E]
 //! [--wait polling|epoll] [--stages] [--idle SECONDS]` prints one line of `name=value` pairs, then tables if asked for.
 //! The file must exist and is OVERWRITTEN by `--write`.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
@@ -17,9 +17,9 @@ use std::time::{Duration, Instant};
 use guest::{Guest, Habit};
 use machine::{GuestMemory, LocalHypervisor, Timed};
 use measure::{CALLS, Call, Clock, Stage};
-use rings::Abi;
+use rings::{Abi, Offers};
 use vbdd::journal::JournalDirectory;
-use vbdd::pump::{Pump, RingPlan};
+use vbdd::pump::{DiskPlan, Pump, RingPlan};
 use vbdd::reactor::{Reactor, Ready, Waiting};
 use vbdd::storage::engine::EngineChoice;
 use vbdd::storage::linux::{LinuxStorage, Options};
@@ -39,6 +39,7 @@ struct Plan {
     requests: u64,
     block_bytes: usize,
     write: bool,
+    sequential: bool,
     engine: EngineChoice,
     waiting: Waiting,
     stages: bool,
@@ -54,6 +55,7 @@ fn parse() -> Result<Plan, lexopt::Error> {
         requests: 100_000,
         block_bytes: 4096,
         write: false,
+        sequential: false,
         engine: EngineChoice::Auto,
         waiting: Waiting::default(),
         stages: false,
@@ -68,6 +70,7 @@ fn parse() -> Result<Plan, lexopt::Error> {
             Long("requests") => plan.requests = arguments.value()?.parse()?,
             Long("block") => plan.block_bytes = arguments.value()?.parse()?,
             Long("write") => plan.write = true,
+            Long("sequential") => plan.sequential = true,
             Long("engine") => plan.engine = arguments.value()?.parse()?,
             Long("wait") => {
                 plan.waiting = match arguments.value()?.string()?.as_str() {
@@ -82,8 +85,8 @@ fn parse() -> Result<Plan, lexopt::Error> {
         }
     }
     let pages = plan.block_bytes / machine::PAGE;
-    if !(1..=11).contains(&pages) || !plan.block_bytes.is_multiple_of(machine::PAGE) {
-        return Err("--block: 1 to 11 pages of 4096 bytes".into());
+    if !(1..=256).contains(&pages) || !plan.block_bytes.is_multiple_of(machine::PAGE) {
+        return Err("--block: 1 to 256 pages of 4096 bytes".into());
     }
     if !(1..=32).contains(&plan.depth) || plan.disks == 0 {
         return Err("--depth: 1 to 32, the slots of a ring; --disks: at least 1".into());
@@ -115,7 +118,8 @@ impl Process {
         if blocks < u64::from(plan.depth) {
             return Err(format!("{} is too small", plan.file.display()));
         }
-        let habit = Habit { write: plan.write, depth: plan.depth, block_bytes: plan.block_bytes, blocks };
+        let (write, sequential, depth) = (plan.write, plan.sequential, plan.depth);
+        let habit = Habit { write, sequential, depth, block_bytes: plan.block_bytes, blocks };
         let memory = GuestMemory::new(plan.disks * habit.guest_pages()).map_err(text)?;
         let hypervisor = LocalHypervisor::new(memory, Rc::clone(&clock)).map_err(text)?;
         let mut reactor = Reactor::waiting_by(plan.waiting).map_err(text)?;
@@ -129,7 +133,9 @@ impl Process {
         let mut guests = Vec::new();
         for number in 0..plan.disks {
             let file = if number == 0 { opened } else { open(&mut pump.storage, &plan.file, access)? };
-            let disk = pump.add_disk(file.file, file.size_bytes / 512, !plan.write);
+            let offers = Offers { indirect_segments: 256, ..Offers::NONE };
+            let disk = DiskPlan::new(file.file, file.size_bytes / 512, !plan.write);
+            let disk = pump.add_disk(&DiskPlan { offers, ..disk });
             let first = u32::try_from(number * habit.guest_pages()).map_err(text)?;
             guests.push(Guest::new(memory, first, habit).ok_or("no guest memory")?);
             let plan = RingPlan {
@@ -307,6 +313,7 @@ fn measure_path(plan: &Plan, journals: &Path) -> Result<(), String> {
     process.clock.reset();
     let answered = |process: &Process| process.guests.iter().map(|guest| guest.answered).sum::<u64>();
     let (done, allocations) = (answered(&process), measure::allocations());
+    let merged = process.pump.storage.inner.merged();
     let (wall, (user, system)) = (Instant::now(), measure::cpu());
     process.serve(plan.requests);
     let (wall, (user_after, system_after)) = (wall.elapsed(), measure::cpu());
@@ -324,6 +331,7 @@ fn measure_path(plan: &Plan, journals: &Path) -> Result<(), String> {
         process.pump.storage.inner.engine_text(),
         plan.waiting,
     );
+    println!("merged={:.3}", each(process.pump.storage.inner.merged() - merged, requests));
     print_calls(&process.clock, plan, requests);
     if plan.stages {
         print_stages(&process.clock, requests);

@@ -180,7 +180,7 @@ impl Ledger {
     /// again would put the sync off for ever.
     fn may_write_more(&self) -> bool {
         let written = self.written.len();
-        written == 0 || (written % BATCH_PAGES == 0 && written < BATCHES_MAX * BATCH_PAGES)
+        written == 0 || (written.is_multiple_of(BATCH_PAGES) && written < BATCHES_MAX * BATCH_PAGES)
     }
 
     /// Copies that were written before and not yet synced stay in front.

@@ -311,10 +311,10 @@ impl Pages {
 
     /// Drops a clean page whose place in the image means something else from now on.
     pub(crate) fn forget(&mut self, key: Key) {
-        if let Found::Ready(page) = self.find(key) {
-            if self.slot(page).is_some_and(|slot| slot.state == State::Clean && slot.pins == 0) {
-                self.abandon(page);
-            }
+        if let Found::Ready(page) = self.find(key)
+            && self.slot(page).is_some_and(|slot| slot.state == State::Clean && slot.pins == 0)
+        {
+            self.abandon(page);
         }
     }
 

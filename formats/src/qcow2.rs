@@ -98,11 +98,11 @@ impl Qcow2 {
 
     /// Notes a contradiction, if that is what the answer says.
     fn found(&mut self, wait: Wait) -> Wait {
-        if let Wait::Failed(Failure::Corrupt(corruption)) = wait {
-            if self.corruption.is_none() {
-                self.corruption = Some(corruption);
-                self.marks.mark_corrupt();
-            }
+        if let Wait::Failed(Failure::Corrupt(corruption)) = wait
+            && self.corruption.is_none()
+        {
+            self.corruption = Some(corruption);
+            self.marks.mark_corrupt();
         }
         wait
     }

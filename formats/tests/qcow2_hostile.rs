@@ -1,5 +1,5 @@
 //! Images that lie: named errors, no panic, no hang, no huge allocation, and no write after a contradiction was found.
-#![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, clippy::print_stdout)]
 #![allow(clippy::cast_possible_truncation)]
 
 mod support;
@@ -11,7 +11,7 @@ use formats::qcow2::create::{Create, create};
 use formats::qcow2::header::Header;
 use formats::qcow2::map::map;
 use formats::qcow2::{Options, Qcow2};
-use formats::{Disk, Extent, Failure, Format, Limits, Medium, Op, Pages, Unsupported};
+use formats::{Disk, Extent, Failure, Format, Limits, Op, Pages, Unsupported};
 use support::driver::Driver;
 use support::medium::SimMedium;
 use support::rng::{Rng, seeds};
@@ -42,7 +42,7 @@ fn open(mut medium: SimMedium) -> Result<Driver<SimMedium>, Unsupported> {
 }
 
 fn medium(bytes: Vec<u8>) -> SimMedium {
-    SimMedium::file().from_bytes(bytes)
+    SimMedium::file().with_bytes(bytes)
 }
 
 #[test]
@@ -106,7 +106,7 @@ fn parents_named_by_protocol_are_refused() {
 fn entry_of(bytes: &[u8], sector: u64) -> usize {
     let word = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
     let bits = u32::from_be_bytes(bytes[20..24].try_into().unwrap());
-    let number = (sector * 512 >> bits) as usize;
+    let number = ((sector * 512) >> bits) as usize;
     let per_table = (1 << bits) / 8;
     let l2 = (word(word(40) as usize + number / per_table * 8) & 0x00ff_ffff_ffff_fe00) as usize;
     l2 + number % per_table * 8
@@ -176,10 +176,10 @@ fn mutated_images_never_panic_nor_hang() {
         let result = support::sweep::failure_of(|| {
             let mut medium = medium(bytes);
             let _ = check(&mut medium.clone(), Fix::All);
-            if let Ok(header) = Header::read(&mut medium) {
-                if header.size_bytes < 1 << 30 {
-                    let _ = map(&mut medium, &header, &mut |_, _| {});
-                }
+            if let Ok(header) = Header::read(&mut medium)
+                && header.size_bytes < 1 << 30
+            {
+                let _ = map(&mut medium, &header, &mut |_, _| {});
             }
             let Ok(mut driver) = open(medium) else { return };
             opened += 1;

@@ -1,5 +1,5 @@
 //! Creating, checking, repairing, resizing and mapping images, with qemu as the judge.
-#![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, clippy::print_stdout)]
 #![allow(clippy::cast_possible_truncation)]
 
 mod support;
@@ -51,7 +51,10 @@ fn qemu_accepts_what_is_created_and_what_has_grown() {
                 if size / (shape.l2_covers_bytes()) * 8 > 32 << 20 {
                     continue;
                 }
-                grow(&mut medium, size).unwrap();
+                if let Err(why) = grow(&mut medium, size) {
+                    assert!(shape.cluster_bits <= 10, "{shape:?}: {why}");
+                    continue;
+                }
                 let (code, text) = tool(&dir, "qemu-img", &["check", "-f", "qcow2", "leaf.qcow2"]);
                 assert_eq!(code, 0, "{shape:?} grown to {size}: {text}");
                 let report = check(&mut medium, Fix::Nothing).unwrap();
@@ -96,10 +99,11 @@ fn checking_agrees_with_qemu_on_damaged_images() {
     let unmarked = |bytes: &mut Vec<u8>| bytes[used] &= 0x7f;
     type Damage<'a> = &'a dyn Fn(&mut Vec<u8>);
     let damages: [(&str, Damage<'_>, bool, i32); 4] = [
-        ("leak", &no_entry, true),
-        ("no count", &no_count, false),
-        ("too high", &more, true),
-        ("mark", &unmarked, false),
+        ("leak", &no_entry, true, 3),
+        ("no count", &no_count, false, 2),
+        // Counted too often, and yet marked as the only one.
+        ("too high", &more, true, 2),
+        ("mark", &unmarked, false, 2),
     ];
     for (name, damage, leak, code) in damages {
         let mut bytes = sound.clone();

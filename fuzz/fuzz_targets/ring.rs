@@ -2,7 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use rings::{Abi, BackRing, SharedPages, Status};
+use rings::{Abi, BackRing, Offers, SharedPages, Status};
 
 #[repr(align(4096))]
 struct Page([u8; 4096]);
@@ -21,8 +21,10 @@ fuzz_target!(|data: &[u8]| {
             0 => drop(ring.look()),
             1 => {
                 if let Some(slot) = ring.take() {
-                    if let Ok(request) = slot.parse() {
-                        assert!(request.segments.len() <= 11 && request.length_bytes() <= 11 * 4096);
+                    let offers = Offers { indirect_segments: 256, barrier: true, discard: true };
+                    if let Ok(mut request) = slot.parse(&offers) {
+                        let _ = request.describe(bytes);
+                        assert!(request.segments.iter(bytes).count() <= 256 && request.length_bytes() <= 1 << 20);
                         let _ = request.check_range(u64::from(*step) << 4);
                     }
                 }

@@ -1,44 +1,24 @@
 # make bench-xen: three backends in one boot, in dom0, each with a raw file on tmpfs, read and written by one guest.
 # The machine runs with -icount: its clock counts instructions, 1 ns each.
 . /scenario/config
-DOMAIN=dom0
+. /scenario/bench-common.sh
 
-failed() { warn "$*"; tail -20 /run/vbdd.log /run/qdisk.*.log 2>/dev/null; exit 1; }
-
-# Between two looks of ours nothing but the load runs: the looks are rare, and the load starts well after the first.
-POLL=10
-LOOK_MS=10000
-TIMEOUT=200
-SIZE=33554432
-
-disk_of() { case $1 in blkback) echo xvdb ;; qdisk) echo xvdc ;; vbdd3) echo xvdd ;; esac; }
-
-mkdir -p /srv/images
-mount -t tmpfs tmpfs /srv/images
-guest guest pv 192 || failed "no guest"
-POLL=1 LOOK_MS=500 start guest || failed "the guest did not start"
-story "a guest is up"
-for flavour in $FLAVOURS; do
-  vbdd-guest pattern 5 $SIZE >"/srv/images/$flavour.img"
-  POLL=1 backend_up "$flavour" dom0 || failed "$flavour did not start"
-  plug guest "$(disk_of "$flavour")" "$flavour" dom0 w "/srv/images/$flavour.img" || failed "attaching $flavour"
-  POLL=1 connected guest "$(disk_of "$flavour")" || failed "$flavour did not connect"
-  story "$flavour is connected"
-done
+bench_up
 
 measure() {
-  local flavour=$1 shape=$2 depth=$3 seed=$4 line
-  line=$(on guest "sleep 2; vbdd-guest load /dev/$(disk_of "$flavour") $shape $depth $REQUESTS $seed") || failed "$flavour $shape $depth: $line"
+  local flavour=$1 shape=$2 depth=$3 seed=$4 line requests
+  case $shape in rand*) requests=$REQUESTS ;; *) requests=$((REQUESTS / 6)) ;; esac
+  line=$(on guest "sleep 2; vbdd-guest load /dev/$(disk_of "$flavour") $shape $depth $requests $seed") || failed "$flavour $shape $depth: $line"
   data "point $flavour $shape $depth $line"
 }
 
 # One round that does not count: page tables, caches, grants that stay.
-for flavour in $FLAVOURS; do for shape in randread randwrite; do measure "$flavour" "$shape" 32 0 >/dev/null; done; done
+for flavour in $FLAVOURS; do for shape in $SHAPES; do measure "$flavour" "$shape" 32 0 >/dev/null; done; done
 story "warm"
 repeat=0
 while [ $repeat -lt "$REPEATS" ]; do
   repeat=$((repeat + 1))
-  for shape in randread randwrite; do
+  for shape in $SHAPES; do
     for depth in 1 32; do
       for flavour in $FLAVOURS; do measure "$flavour" "$shape" "$depth" "$repeat"; done
     done
@@ -50,7 +30,7 @@ case " $FLAVOURS " in *" vbdd3 "*) ;; *) exit 0 ;; esac
 POLL=1
 LOOK_MS=500
 pid=$(cat /run/vbdd.pid)
-for letter in e f g h i j k; do
+for letter in f g h i j k l; do
   truncate -s 8M "/srv/images/idle-$letter.img"
   plug guest "xvd$letter" vbdd3 dom0 w "/srv/images/idle-$letter.img" || failed "attaching"
   connected guest "xvd$letter" || failed "connecting"

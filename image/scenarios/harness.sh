@@ -27,19 +27,24 @@ scenario() {
   sweep
 }
 
+# tell WORDS: a line of the whole run's log. told COMMAND...: likewise each line that it prints.
+tell() { echo "@say $DOMAIN: $*" >/dev/hvc0; }
+told() { "$@" 2>&1 | while IFS= read -r word; do tell "  $word"; done; }
+
 only_vbdd_log() { case $FLAVOUR in vbdd*) vbdd_log "$DOMAIN" | tail -30 ;; esac; }
 fail() { echo "reason: $*"; exit 1; }
 skip() { echo "$*"; exit 77; }
 
 only_vbdd() { case $FLAVOUR in vbdd*) ;; *) skip "needs vbdd" ;; esac; }
 
-# Removes what a scenario left attached, and its images.
+# Removes what a scenario left attached, and its images; the guest KEEP and images not called t-… stay for the next one.
 sweep() {
   local file name disk be
   for file in /run/plug.*; do
     [ -e "$file" ] || continue
     name=${file#/run/plug.} disk=${name#*.} name=${name%%.*}
     [ "$name" = storage ] && continue
+    [ "$name" = "${KEEP:-}" ] && [ -e "/run/$name.domid" ] && continue
     [ -e "/run/$name.domid" ] && force_unplug "$name" "$disk"
     rm -f "$file"
   done
@@ -65,10 +70,10 @@ have_guest() {
   guest "$@" && start "$1" || fail "the guest $1 did not boot"
 }
 
-# image NAME MEGABYTES: a fresh image t-NAME for one scenario. Prints its path in the backend's domain.
+# image NAME MEGABYTES [PREFIX]: a fresh image PREFIX-NAME (t) for one scenario. Prints its path in the backend's domain.
 image() {
-  on "$DOMAIN" "rm -f $IMAGES/t-$1; truncate -s ${2}M $IMAGES/t-$1" || fail "cannot make the image $1"
-  echo "$IMAGES/t-$1"
+  on "$DOMAIN" "rm -f $IMAGES/${3:-t}-$1; truncate -s ${2}M $IMAGES/${3:-t}-$1" || fail "cannot make the image $1"
+  echo "$IMAGES/${3:-t}-$1"
 }
 
 # disk GUEST DISK MODE FILE: attaches and waits until the guest has it.
@@ -112,19 +117,20 @@ gracefully() { unplug "$1" "$2" || fail "unplugging $2 of $1"; }
 # xen_section KEY: what Xen prints for a debug key.
 xen_section() { xl dmesg -c >/dev/null; xl debug-keys "$1"; sleep 0.3; xl dmesg; }
 
-# ports_to BACKEND_ID GUEST_ID: interdomain event channels that the backend's domain holds to that guest (s=3 is
-# "interdomain"; d is the domain at the other end).
-ports_to() {
+# port_lines BACKEND_ID GUEST_ID: Xen's lines about interdomain event channels that the backend's domain holds to that guest
+# (s=3 is "interdomain"; d is the domain at the other end). ports_to counts them.
+port_lines() {
   xen_section e | awk -v own="domain $1:" -v far="d=$2" '
     /Event channel information/ { inside = index($0, own) > 0 }
-    inside && / s=3 / { for (i = 1; i <= NF; i++) if ($i == far) count++ }
-    END { print count + 0 }'
+    inside && / s=3 / { for (i = 1; i <= NF; i++) if ($i == far) print }'
 }
+ports_to() { port_lines "$@" | wc -l; }
 
-# grants_of GUEST_ID BACKEND_ID: entries of the guest's grant table that the backend's domain has in use.
-grants_of() {
+# grant_lines GUEST_ID BACKEND_ID: Xen's lines about entries of the guest's grant table that the backend's domain has in
+# use. grants_of counts them.
+grant_lines() {
   xen_section g | awk -v own="d$1" -v by="$2" '
     /grant-table for/ { inside = 0; for (i = 1; i <= NF; i++) if ($i == own) inside = 1 }
-    inside && /\[0x/ { line = $0; sub(/.*\] */, "", line); split(line, word, " "); if (word[1] == by) count++ }
-    END { print count + 0 }'
+    inside && /\[0x/ { line = $0; sub(/.*\] */, "", line); split(line, word, " "); if (word[1] == by) print }'
 }
+grants_of() { grant_lines "$@" | wc -l; }

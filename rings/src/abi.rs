@@ -40,12 +40,30 @@ pub(crate) struct Layout {
     pub(crate) id: usize,
     pub(crate) sector: usize,
     pub(crate) segments: usize,
+    pub(crate) discard_count: usize,
+    pub(crate) indirect_grants: usize,
     pub(crate) response_bytes: usize,
 }
 
-const LAYOUT_64: Layout = Layout { stride: 112, id: 8, sector: 16, segments: 24, response_bytes: 16 };
+const LAYOUT_64: Layout = Layout {
+    stride: 112,
+    id: 8,
+    sector: 16,
+    segments: 24,
+    discard_count: 24,
+    indirect_grants: 28,
+    response_bytes: 16,
+};
 
-const LAYOUT_32: Layout = Layout { stride: 108, id: 4, sector: 12, segments: 20, response_bytes: 12 };
+const LAYOUT_32: Layout = Layout {
+    stride: 108,
+    id: 4,
+    sector: 12,
+    segments: 20,
+    discard_count: 20,
+    indirect_grants: 24,
+    response_bytes: 12,
+};
 
 impl Abi {
     /// The ABI of a `protocol` node's text, or `None` for a text that names none.

@@ -1,7 +1,8 @@
 //! The frontend's end of a ring: for simulated guests, and for guests that misbehave on purpose.
 
 use crate::abi::{Abi, LARGEST_STRIDE};
-use crate::request::{Segment, operation};
+use crate::request::operation;
+use crate::segment::Segment;
 use crate::shared::{Index, SharedPages};
 
 /// A response as the frontend finds it.
@@ -56,17 +57,37 @@ impl FrontRing {
         let mut bytes = [0_u8; LARGEST_STRIDE];
         bytes[0] = op;
         bytes[1] = count;
-        let mut put = |at: usize, value: &[u8]| {
-            if let Some(place) = bytes.get_mut(at..at + value.len()) {
-                place.copy_from_slice(value);
-            }
-        };
-        put(layout.id, &id.to_le_bytes());
-        put(layout.sector, &sector.to_le_bytes());
+        put(&mut bytes, layout.id, &id.to_le_bytes());
+        put(&mut bytes, layout.sector, &sector.to_le_bytes());
         for (n, segment) in segments.iter().enumerate().take(11) {
-            put(layout.segments + n * 8, &segment.grant.to_le_bytes());
-            put(layout.segments + n * 8 + 4, &[segment.first, segment.last]);
+            put(&mut bytes, layout.segments + n * 8, &segment.to_bytes());
         }
+        self.write_raw(&bytes);
+    }
+
+    /// Writes an indirect request that claims `count` segments, described in the granted `pages`; more than eight pages are
+    /// left out.
+    pub fn write_indirect(&mut self, inner: u8, id: u64, sector: u64, count: u16, pages: &[u32]) {
+        let layout = self.abi.layout();
+        let mut bytes = [0_u8; LARGEST_STRIDE];
+        let [c0, c1] = count.to_le_bytes();
+        bytes[..4].copy_from_slice(&[operation::INDIRECT, inner, c0, c1]);
+        put(&mut bytes, layout.id, &id.to_le_bytes());
+        put(&mut bytes, layout.sector, &sector.to_le_bytes());
+        for (n, page) in pages.iter().enumerate().take(8) {
+            put(&mut bytes, layout.indirect_grants + n * 4, &page.to_le_bytes());
+        }
+        self.write_raw(&bytes);
+    }
+
+    /// Writes a discard of `count` sectors.
+    pub fn write_discard(&mut self, id: u64, sector: u64, count: u64, flag: u8) {
+        let layout = self.abi.layout();
+        let mut bytes = [0_u8; LARGEST_STRIDE];
+        bytes[..2].copy_from_slice(&[operation::DISCARD, flag]);
+        put(&mut bytes, layout.id, &id.to_le_bytes());
+        put(&mut bytes, layout.sector, &sector.to_le_bytes());
+        put(&mut bytes, layout.discard_count, &count.to_le_bytes());
         self.write_raw(&bytes);
     }
 
@@ -118,5 +139,11 @@ impl FrontRing {
     /// Sets the response event index to any value.
     pub fn force_response_event(&mut self, value: u32) {
         self.shared.store(Index::ResponseEvent, value);
+    }
+}
+
+fn put(bytes: &mut [u8; LARGEST_STRIDE], at: usize, value: &[u8]) {
+    if let Some(place) = bytes.get_mut(at..at + value.len()) {
+        place.copy_from_slice(value);
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! * [`abi`]: the byte layouts of the three dialects (x86_64, x86_32, arm).
 //! * [`request`]: a slot that was copied out of the ring once, and what it says after checking.
+//! * [`segment`]: where a request's data is in the guest's memory.
 //! * [`shared`]: the only unsafe code; volatile access to the shared pages.
 //! * [`back`]: the backend's end: consume, respond, notify.
 //! * [`front`]: the frontend's end, for simulated guests; it can also be made to misbehave.
@@ -13,10 +14,12 @@ pub mod abi;
 pub mod back;
 pub mod front;
 pub mod request;
+pub mod segment;
 pub mod shared;
 
 pub use abi::{Abi, LARGEST_STRIDE, RING_PAGE_BYTES};
 pub use back::{BackRing, Overrun};
 pub use front::FrontRing;
-pub use request::{Operation, Refusal, Request, SECTOR_BYTES, Segment, Slot, Status};
+pub use request::{Offers, Operation, Refusal, Request, SECTOR_BYTES, Slot, Status};
+pub use segment::{INDIRECT_SEGMENTS_MAX, Indirect, Segment, Segments};
 pub use shared::SharedPages;

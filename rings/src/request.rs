@@ -1,20 +1,16 @@
 //! Requests: a private copy of a slot, and what it says.
 //!
 //! A slot is copied out of the ring once and parsed from the copy (XSA-155). Parsing checks form only: what depends on
-//! the disk (its size, its mode) is checked by [`Request::check_range`] and by the caller.
+//! the disk (its size, its mode) is checked by [`Request::check_range`] and by the caller. The segments of an indirect
+//! request lie in a page of the guest: the caller copies that page once, and [`Request::describe`] reads the copy.
 
 use heapless::Vec;
 
 use crate::abi::{Abi, LARGEST_STRIDE};
+use crate::segment::{DESCRIPTOR_BYTES, DIRECT_SEGMENTS, Described, Indirect, Segment, Segments};
 
 /// Unit of every sector number and count on the ring, in bytes, whatever `sector-size` says.
 pub const SECTOR_BYTES: u64 = 512;
-
-/// Segments of a request that carries its grants in the slot itself.
-pub const DIRECT_SEGMENTS: usize = 11;
-
-/// Last sector within a page.
-const LAST_SECTOR_OF_PAGE: u8 = 7;
 
 /// Status of a response, as blkif numbers it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,9 +58,35 @@ pub enum Operation {
     Read,
     /// Guest writes the disk.
     Write,
-    /// Guest wants its completed writes durable.
+    /// Guest wants its completed writes durable; data that comes along is written then, and durable with the answer.
     Flush,
+    /// As a flush with or without data, and everything before it is done before, everything after it after it.
+    Barrier,
+    /// Guest needs the sectors' content no longer: a hint.
+    Discard,
 }
+
+/// What a frontend was told that it may ask for, besides reads, writes and flushes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Offers {
+    /// `feature-max-indirect-segments`: most segments of an indirect request, at most [`INDIRECT_SEGMENTS_MAX`]; 0 for
+    /// none.
+    ///
+    /// [`INDIRECT_SEGMENTS_MAX`]: crate::segment::INDIRECT_SEGMENTS_MAX
+    pub indirect_segments: u16,
+    /// `feature-barrier`
+    pub barrier: bool,
+    /// `feature-discard`
+    pub discard: bool,
+}
+
+impl Offers {
+    /// Reads, writes and flushes alone.
+    pub const NONE: Offers = Offers { indirect_segments: 0, barrier: false, discard: false };
+}
+
+/// The flag of a discard that asks for the old content to be out of reach for good.
+const SECURE: u8 = 1;
 
 /// Why a request is answered at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,8 +97,12 @@ pub enum Refusal {
     SegmentCount(u16),
     /// A segment whose sectors are not `first <= last <= 7`: status -1.
     SegmentSectors(u8, u8),
-    /// Past the end of the disk, or wrapping: status -1.
+    /// Past the end of the disk, wrapping, or a discard of nothing: status -1.
     Range(u64),
+    /// An indirect request whose inner operation is neither read nor write: status -1.
+    InnerOperation(u8),
+    /// A discard with flags that were not offered, such as a secure one: status -2.
+    DiscardFlags(u8),
 }
 
 impl Refusal {
@@ -84,34 +110,9 @@ impl Refusal {
     #[must_use]
     pub fn status(self) -> Status {
         match self {
-            Refusal::Unsupported(_) => Status::Unsupported,
+            Refusal::Unsupported(_) | Refusal::DiscardFlags(_) => Status::Unsupported,
             _ => Status::Error,
         }
-    }
-}
-
-/// One piece of a request's data: sectors `first..=last` of a granted page.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Segment {
-    /// The granted page.
-    pub grant: u32,
-    /// First sector within the page, 0..=7.
-    pub first: u8,
-    /// Last sector within the page, `first..=7`.
-    pub last: u8,
-}
-
-impl Segment {
-    /// Offset of the first byte within the page.
-    #[must_use]
-    pub fn offset_bytes(&self) -> u16 {
-        u16::from(self.first) * 512
-    }
-
-    /// Length in bytes: 512..=4096.
-    #[must_use]
-    pub fn length_bytes(&self) -> u16 {
-        (u16::from(self.last.saturating_sub(self.first)) + 1) * 512
     }
 }
 
@@ -131,8 +132,10 @@ pub struct Request {
     pub operation: Operation,
     /// First sector on the disk; meaningless for a flush without data.
     pub sector: u64,
+    /// How many sectors, of 512 bytes: of data, or to discard. 0 for an indirect request that was not described yet.
+    pub sectors: u64,
     /// Where the data is in the guest's memory, in order.
-    pub segments: Vec<Segment, DIRECT_SEGMENTS, u8>,
+    pub segments: Segments,
 }
 
 impl Slot {
@@ -174,36 +177,70 @@ impl Slot {
         }
     }
 
-    /// Reads the copy as a request.
+    /// Reads the copy as a request of a frontend that was told of `offers`.
     ///
     /// # Errors
     /// What is wrong with it; answer with the refusal's status.
-    pub fn parse(&self) -> Result<Request, Refusal> {
+    pub fn parse(&self, offers: &Offers) -> Result<Request, Refusal> {
         let operation = match self.operation() {
             operation::READ => Operation::Read,
             operation::WRITE => Operation::Write,
             operation::FLUSH => Operation::Flush,
+            operation::BARRIER if offers.barrier => Operation::Barrier,
+            operation::DISCARD if offers.discard => return self.discard(),
+            operation::INDIRECT if offers.indirect_segments > 0 => return self.indirect(offers),
             other => return Err(Refusal::Unsupported(other)),
         };
         let segments = self.segments()?;
-        if segments.is_empty() && operation != Operation::Flush {
+        if segments.is_empty() && matches!(operation, Operation::Read | Operation::Write) {
             return Err(Refusal::SegmentCount(0));
         }
-        let sector = u64::from_le_bytes(self.field(self.abi.layout().sector));
-        Ok(Request { id: self.id(), operation, sector, segments })
+        let sectors = segments.iter().map(Segment::sectors).sum();
+        let (id, sector) = (self.id(), self.sector());
+        Ok(Request { id, operation, sector, sectors, segments: Segments::Direct(segments) })
+    }
+
+    fn sector(&self) -> u64 {
+        u64::from_le_bytes(self.field(self.abi.layout().sector))
+    }
+
+    fn discard(&self) -> Result<Request, Refusal> {
+        let (flags, sector) = (self.field::<1>(1)[0], self.sector());
+        if flags & SECURE != 0 {
+            return Err(Refusal::DiscardFlags(flags));
+        }
+        let sectors = u64::from_le_bytes(self.field(self.abi.layout().discard_count));
+        if sectors == 0 {
+            return Err(Refusal::Range(sector));
+        }
+        let segments = Segments::Direct(Vec::new());
+        Ok(Request { id: self.id(), operation: Operation::Discard, sector, sectors, segments })
+    }
+
+    fn indirect(&self, offers: &Offers) -> Result<Request, Refusal> {
+        let operation = match self.field::<1>(1)[0] {
+            operation::READ => Operation::Read,
+            operation::WRITE => Operation::Write,
+            other => return Err(Refusal::InnerOperation(other)),
+        };
+        let count = u16::from_le_bytes(self.field(2));
+        let grant = u32::from_le_bytes(self.field(self.abi.layout().indirect_grants));
+        let Some(indirect) =
+            Indirect::new(count, grant).filter(|indirect| indirect.count() <= offers.indirect_segments)
+        else {
+            return Err(Refusal::SegmentCount(count));
+        };
+        let segments = Segments::Indirect(indirect);
+        Ok(Request { id: self.id(), operation, sector: self.sector(), sectors: 0, segments })
     }
 
     fn segments(&self) -> Result<Vec<Segment, DIRECT_SEGMENTS, u8>, Refusal> {
         let count = self.field::<1>(1)[0];
         let mut segments = Vec::new();
         let Some(bytes) = self.bytes.get(self.abi.layout().segments..) else { return Ok(segments) };
-        let (entries, _) = bytes.as_chunks::<8>();
-        for &[g0, g1, g2, g3, first, last, _, _] in entries.iter().take(usize::from(count)) {
-            if first > last || last > LAST_SECTOR_OF_PAGE {
-                return Err(Refusal::SegmentSectors(first, last));
-            }
-            let grant = u32::from_le_bytes([g0, g1, g2, g3]);
-            if segments.push(Segment { grant, first, last }).is_err() {
+        let (entries, _) = bytes.as_chunks::<DESCRIPTOR_BYTES>();
+        for entry in entries.iter().take(usize::from(count)) {
+            if segments.push(Segment::parse(entry)?).is_err() {
                 return Err(Refusal::SegmentCount(count.into()));
             }
         }
@@ -215,22 +252,51 @@ impl Slot {
 }
 
 impl Request {
-    /// Length of the data in bytes.
+    /// Whether data moves: a write of it needs a disk that may be written.
     #[must_use]
-    pub fn length_bytes(&self) -> u32 {
-        self.segments.iter().map(|segment| u32::from(segment.length_bytes())).sum()
+    pub fn has_data(&self) -> bool {
+        match &self.segments {
+            Segments::Direct(segments) => !segments.is_empty(),
+            Segments::Indirect(_) => true,
+        }
     }
 
-    /// Checks that the sectors lie on a disk of `size_sectors`.
+    /// Length of the data in bytes, 0 for a discard; at most what the segments could hold as long as an indirect request
+    /// is not described.
+    #[must_use]
+    pub fn length_bytes(&self) -> u32 {
+        match &self.segments {
+            Segments::Indirect(indirect) if self.sectors == 0 => indirect.length_bytes_max(),
+            _ if self.operation == Operation::Discard => 0,
+            _ => u32::try_from(self.sectors.saturating_mul(SECTOR_BYTES)).unwrap_or(u32::MAX),
+        }
+    }
+
+    /// Reads the segments of an indirect request from a private copy of its descriptors, all of them before any is used.
+    /// Does nothing for other requests.
+    ///
+    /// # Errors
+    /// The first segment that is malformed; a copy that is too short counts as a wrong number of segments.
+    pub fn describe(&mut self, descriptors: &[u8]) -> Result<(), Refusal> {
+        let Segments::Indirect(indirect) = &self.segments else { return Ok(()) };
+        let mut described = Described::new(*indirect, descriptors);
+        let sectors = described.try_fold(0, |sum, segment| segment.map(|segment| sum + segment.sectors()))?;
+        if descriptors.len() < indirect.descriptor_bytes() as usize {
+            return Err(Refusal::SegmentCount(indirect.count()));
+        }
+        self.sectors = sectors;
+        Ok(())
+    }
+
+    /// Checks that the sectors lie on a disk of `size_sectors`. An indirect request must have been described.
     ///
     /// # Errors
     /// [`Refusal::Range`] where they do not, or where the sum wraps.
     pub fn check_range(&self, size_sectors: u64) -> Result<(), Refusal> {
-        if self.segments.is_empty() {
+        if self.sectors == 0 {
             return Ok(());
         }
-        let sectors = u64::from(self.length_bytes()) / SECTOR_BYTES;
-        match self.sector.checked_add(sectors) {
+        match self.sector.checked_add(self.sectors) {
             Some(end) if end <= size_sectors => Ok(()),
             _ => Err(Refusal::Range(self.sector)),
         }
@@ -238,89 +304,4 @@ impl Request {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Offsets written out by hand from blkif.h, not taken from `Layout`.
-    fn slot(abi: Abi, op: u8, nseg: u8, id: u64, sector: u64, segments: &[(u32, u8, u8)]) -> Slot {
-        let mut bytes = [0xAA_u8; LARGEST_STRIDE];
-        let (id_at, sector_at, segments_at) = if abi == Abi::X86_32 { (4, 12, 20) } else { (8, 16, 24) };
-        bytes[0] = op;
-        bytes[1] = nseg;
-        bytes[id_at..id_at + 8].copy_from_slice(&id.to_le_bytes());
-        bytes[sector_at..sector_at + 8].copy_from_slice(&sector.to_le_bytes());
-        for (n, (grant, first, last)) in segments.iter().enumerate() {
-            let at = segments_at + n * 8;
-            bytes[at..at + 4].copy_from_slice(&grant.to_le_bytes());
-            bytes[at + 4] = *first;
-            bytes[at + 5] = *last;
-        }
-        Slot::new(bytes, abi)
-    }
-
-    #[test]
-    fn a_write_is_read_alike_in_every_abi() {
-        for abi in [Abi::X86_64, Abi::X86_32, Abi::Arm] {
-            let id = 0xFFFF_8000_1234_5678;
-            let parsed = slot(abi, 1, 2, id, 77, &[(9, 0, 7), (0xFFFF_FFFF, 3, 3)]).parse().unwrap();
-            assert_eq!((parsed.id, parsed.operation, parsed.sector), (id, Operation::Write, 77));
-            assert_eq!(parsed.length_bytes(), 4096 + 512);
-            assert_eq!(parsed.segments[1], Segment { grant: 0xFFFF_FFFF, first: 3, last: 3 });
-            assert_eq!(parsed.segments[1].offset_bytes(), 1536);
-        }
-    }
-
-    #[test]
-    fn eleven_segments_fit_and_twelve_do_not() {
-        for abi in [Abi::X86_64, Abi::X86_32, Abi::Arm] {
-            let eleven = [(5, 0, 7); 11];
-            assert_eq!(slot(abi, 0, 11, 1, 0, &eleven).parse().unwrap().segments.len(), 11);
-            for count in [12, 13, 255] {
-                let refused = slot(abi, 0, count, 1, 0, &eleven).parse();
-                assert!(refused.is_err(), "{abi:?} {count}");
-            }
-        }
-    }
-
-    #[test]
-    fn malformed_segments_are_refused_with_an_error() {
-        for (first, last) in [(1, 0), (0, 8), (7, 255), (255, 255), (8, 8)] {
-            let refusal = slot(Abi::X86_64, 0, 1, 1, 0, &[(1, first, last)]).parse().unwrap_err();
-            assert_eq!(refusal, Refusal::SegmentSectors(first, last));
-            assert_eq!(refusal.status().code(), -1);
-        }
-        let refusal = slot(Abi::X86_64, 1, 0, 1, 0, &[]).parse().unwrap_err();
-        assert_eq!(refusal, Refusal::SegmentCount(0));
-    }
-
-    #[test]
-    fn what_is_not_offered_is_unsupported() {
-        for op in (2..=255).filter(|op| *op != operation::FLUSH) {
-            let refusal = slot(Abi::X86_64, op, 1, 1, 0, &[(1, 0, 0)]).parse().unwrap_err();
-            assert_eq!((refusal, refusal.status().code()), (Refusal::Unsupported(op), -2));
-        }
-    }
-
-    #[test]
-    fn a_flush_may_have_data_or_none() {
-        let bare = slot(Abi::X86_64, 3, 0, 1, u64::MAX, &[]).parse().unwrap();
-        assert_eq!((bare.operation, bare.check_range(0)), (Operation::Flush, Ok(())));
-        let full = slot(Abi::X86_64, 3, 1, 1, 8, &[(1, 0, 7)]).parse().unwrap();
-        assert_eq!((full.check_range(15), full.check_range(16)), (Err(Refusal::Range(8)), Ok(())));
-    }
-
-    #[test]
-    fn ranges_end_at_the_disk_and_never_wrap() {
-        let request = |sector| slot(Abi::X86_64, 0, 1, 1, sector, &[(1, 0, 7)]).parse().unwrap();
-        assert_eq!(request(92).check_range(100), Ok(()));
-        for sector in [93, 100, u64::MAX, u64::MAX - 7, u64::MAX / 512] {
-            assert_eq!(request(sector).check_range(100), Err(Refusal::Range(sector)));
-        }
-    }
-
-    #[test]
-    fn an_indirect_request_is_answered_with_its_inner_operation() {
-        let slot = slot(Abi::X86_64, operation::INDIRECT, operation::WRITE, 9, 0, &[]);
-        assert_eq!((slot.response_operation(), slot.id()), (operation::WRITE, 9));
-    }
-}
+mod tests;

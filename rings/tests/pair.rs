@@ -67,7 +67,7 @@ fn every_request_is_answered_once_in_any_order_across_the_wrap() {
                     1 => {
                         back.look().unwrap();
                         while let Some(slot) = back.take() {
-                            let request = slot.parse().unwrap();
+                            let request = slot.parse(&rings::Offers::NONE).unwrap();
                             assert_eq!(request.sector, request.id * 8);
                             held.push(request.id);
                         }

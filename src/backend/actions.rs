@@ -1,15 +1,12 @@
 //! The actions of the state machines, carried out.
 
-use rings::Abi;
 use xenstore::{Edit, ErrorCode, Failure, Guard, Job, Outcome, Path};
 
 use super::{Backend, Ending, Pending, Purpose};
-use crate::hypervisor::{DomainId, Hypervisor, HypervisorError};
-use crate::pump::{AttachError, DiskId, QueueId, RingPlan};
+use crate::hypervisor::{DomainId, Hypervisor};
+use crate::pump::DiskId;
 use crate::storage::{Access, Storage, StorageError};
-use crate::vbd::{
-    self, Action, Address, ConnectError, ConnectPlan, Disconnect, Key, Misdeed, Node, Notice, Side,
-};
+use crate::vbd::{self, Action, Address, Key, Node, Notice, Side};
 use crate::xenbus::Session;
 
 /// The path of a key of a device.
@@ -55,6 +52,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
         log::trace!("{address}: {action:?}");
         match action {
             Action::ReadWorld => self.read_world(session, address),
+            Action::Open(request) if request.is_empty() => self.open_empty(address, request),
             Action::Open(request) => {
                 let Some(device) = self.devices.get_mut(&address) else { return };
                 let access = match (request.read_only, request.forced) {
@@ -136,111 +134,6 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
                 self.pending.push_back((address, Pending::Step(event)));
             }
         }
-    }
-
-    fn connect(&mut self, address: Address, plan: ConnectPlan) {
-        let event = match self.try_connect(address, &plan) {
-            Ok(queue) => {
-                if let Some(device) = self.devices.get_mut(&address) {
-                    device.queue = Some(queue);
-                    let again = if plan.resume { "taken over from a predecessor" } else { "connected" };
-                    let text = format!("{again}, {}", plan.ring.abi.protocol());
-                    device.plan = Some(plan);
-                    // A guest can connect as often as it likes.
-                    self.notice(address, log::Level::Info, &text);
-                }
-                vbd::Event::Connected
-            }
-            Err(error) => vbd::Event::ConnectFailed(error),
-        };
-        self.pending.push_back((address, Pending::Step(event)));
-    }
-
-    fn try_connect(&mut self, address: Address, plan: &ConnectPlan) -> Result<QueueId, ConnectError> {
-        let image = self.devices.get(&address).and_then(|device| device.image.as_ref());
-        let disk = image
-            .map(|image| image.disk)
-            .ok_or_else(|| ConnectError::Failed("no image is open".to_owned()))?;
-        let [queue] = plan.ring.queues.as_slice() else {
-            let queues = u32::try_from(plan.ring.queues.len()).unwrap_or(u32::MAX);
-            return Err(ConnectError::Misbehaved(Misdeed::Queues(queues)));
-        };
-        let abi: Abi = plan.ring.abi;
-        let ring = RingPlan {
-            domain: plan.domain,
-            grants: queue.ring_refs.clone(),
-            remote_port: queue.event_channel,
-            abi,
-            resume: plan.resume,
-            journal: format!("{}-{}-{}-0", address.kind.name(), address.frontend, address.devid),
-        };
-        self.pump.attach(disk, &ring).map_err(|error| match error {
-            AttachError::Hypervisor(HypervisorError::BadGrant(grant)) => {
-                ConnectError::Misbehaved(Misdeed::BadGrant(grant))
-            }
-            AttachError::Hypervisor(HypervisorError::BadPort(port)) => {
-                ConnectError::Misbehaved(Misdeed::BadPort(port))
-            }
-            AttachError::Hypervisor(HypervisorError::Failed(call, errno)) => {
-                let reason = std::io::Error::from_raw_os_error(errno);
-                ConnectError::Failed(format!("{call} failed: {reason}"))
-            }
-            AttachError::Unrecorded => ConnectError::Failed(
-                "the ring has requests of a time that no journal in the state directory tells of; start vbdd with the \
-                 --state-dir of the last one, or, if that one was stopped with SIGTERM, with --assume-clean"
-                    .to_owned(),
-            ),
-        })
-    }
-
-    fn disconnect(&mut self, address: Address, how: Disconnect) {
-        let Some(device) = self.devices.get_mut(&address) else { return };
-        let Some(queue) = device.queue else {
-            self.pending.push_back((address, Pending::Step(vbd::Event::Disconnected)));
-            return;
-        };
-        match (device.ending, how) {
-            // What is past draining ends by itself. The flush may take as long as the storage likes, though, and a guest
-            // that is gone must not wait for it with its pages: that would keep the domain from being freed.
-            (Ending::Syncing(_), how) => {
-                if how == Disconnect::Abort {
-                    self.pump.abort(queue);
-                }
-                return;
-            }
-            // An abort may overtake a drain.
-            _ => device.ending = Ending::Draining(how),
-        }
-        match how {
-            Disconnect::Drain => self.pump.close(queue),
-            Disconnect::Abort => self.pump.abort(queue),
-            Disconnect::HandOver => self.pump.quiesce(queue),
-        }
-    }
-
-    pub(super) fn queue_drained(&mut self, queue: QueueId) {
-        let Some(address) = self.device_of(queue) else { return };
-        let Some(device) = self.devices.get_mut(&address) else { return };
-        let Ending::Draining(how) = device.ending else { return };
-        match (&device.image, how) {
-            (Some(image), Disconnect::Drain | Disconnect::HandOver) => {
-                device.ending = Ending::Syncing(how);
-                self.pump.sync(image.disk);
-            }
-            _ => self.disconnected(address, how),
-        }
-    }
-
-    fn disconnected(&mut self, address: Address, how: Disconnect) {
-        let Some(device) = self.devices.get_mut(&address) else { return };
-        device.ending = Ending::No;
-        device.plan = None;
-        if let Some(queue) = device.queue.take()
-            && !self.pump.detach(queue, how != Disconnect::HandOver)
-        {
-            log::error!("{address}: a queue was detached while it owed answers");
-        }
-        self.pending.push_back((address, Pending::Step(vbd::Event::Disconnected)));
     }
 
     fn close_image(&mut self, address: Address) {

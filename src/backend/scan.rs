@@ -72,7 +72,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
             Purpose::ListDevices(kind, guest) => {
                 self.directory(kind).and_then(|directory| directory.child(&guest.to_string()).ok())
             }
-            Purpose::ReadWorld(_) | Purpose::Publish(_) => None,
+            Purpose::ReadWorld(_) | Purpose::ReadFurther(_) | Purpose::Publish(_) => None,
         };
         let Some(directory) = directory else { return };
         match session.submit(Job::List(directory.clone())) {
@@ -141,9 +141,11 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
             image: None,
             opening: None,
             closing_image: false,
-            queue: None,
+            queues: Vec::new(),
             plan: None,
+            undone: None,
             ending: Ending::No,
+            partial: None,
             timers: BTreeMap::new(),
             reads: Bucket::default(),
             read_at: None,

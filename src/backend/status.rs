@@ -22,6 +22,8 @@ pub struct DeviceStatus {
     pub read_only: bool,
     /// Whether the page cache is bypassed.
     pub direct: bool,
+    /// Queues that are connected.
+    pub queues: usize,
     /// Requests in flight.
     pub in_flight: usize,
     /// Counts since the ring was connected.
@@ -30,14 +32,18 @@ pub struct DeviceStatus {
 
 impl std::fmt::Display for DeviceStatus {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Counters { reads, writes, flushes, storage_errors, refused, .. } = self.counters;
+        let Counters { reads, writes, flushes, discards, storage_errors, refused, .. } = self.counters;
         let mode = if self.read_only { "ro" } else { "rw" };
         let cache = if self.direct { "direct" } else { "cached" };
         write!(f, "{} {}", self.address, self.phase)?;
         if let (Some(path), Some(size)) = (&self.path, self.size_bytes) {
             write!(f, " {path} {size} bytes {mode} {cache}")?;
         }
-        write!(f, ", {reads} reads {writes} writes {flushes} flushes, {} in flight", self.in_flight)?;
+        write!(
+            f,
+            ", {reads} reads {writes} writes {flushes} flushes {discards} discards, {} in flight",
+            self.in_flight
+        )?;
         write!(f, ", {storage_errors} storage errors, {refused} refused")
     }
 }
@@ -55,14 +61,19 @@ impl DeviceStatus {
         }
         number(into, "size_bytes", self.size_bytes.unwrap_or(0));
         into.push_str(&format!(",\"read_only\":{},\"direct\":{}", self.read_only, self.direct));
+        number(into, "queues", u64::try_from(self.queues).unwrap_or(0));
         number(into, "in_flight", u64::try_from(self.in_flight).unwrap_or(0));
         let counters = &self.counters;
         for (key, value) in [
             ("reads", counters.reads),
             ("writes", counters.writes),
             ("flushes", counters.flushes),
+            ("barriers", counters.barriers),
+            ("discards", counters.discards),
+            ("indirect", counters.indirect),
             ("read_bytes", counters.read_bytes),
             ("written_bytes", counters.written_bytes),
+            ("discarded_bytes", counters.discarded_bytes),
             ("storage_errors", counters.storage_errors),
             ("refused", counters.refused),
             ("events", counters.events),
@@ -88,6 +99,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
     pub fn status(&self) -> impl Iterator<Item = DeviceStatus> + '_ {
         self.devices.iter().map(|(address, device)| {
             let image = device.image.as_ref();
+            let queues = || device.queues.iter().map(|(queue, _)| *queue);
             DeviceStatus {
                 address: *address,
                 phase: phase(&device.vbd),
@@ -95,8 +107,9 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
                 size_bytes: image.map(|image| image.opened.size_bytes),
                 read_only: image.is_some_and(|image| image.request.read_only),
                 direct: image.is_some_and(|image| image.opened.direct),
-                in_flight: device.queue.map_or(0, |queue| self.pump.unanswered(queue)),
-                counters: device.queue.and_then(|queue| self.pump.counters(queue)).unwrap_or_default(),
+                queues: device.queues.len(),
+                in_flight: queues().map(|queue| self.pump.unanswered(queue)).sum(),
+                counters: Counters::sum(queues().filter_map(|queue| self.pump.counters(queue))),
             }
         })
     }
@@ -129,7 +142,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
     /// How many disks there are.
     #[must_use]
     pub fn totals(&self) -> Totals {
-        let connected = self.devices.values().filter(|device| device.queue.is_some()).count();
+        let connected = self.devices.values().filter(|device| !device.queues.is_empty()).count();
         Totals { disks: self.devices.len(), connected }
     }
 }

@@ -9,6 +9,7 @@ use rings::Abi;
 use super::usage;
 use crate::error::Error;
 use crate::storage::engine::EngineChoice;
+use crate::vbd::{Config, Place, Terms};
 
 pub(super) const HELP: &str = "\
 vbdd serve serves every disk of the given kinds whose backend is this domain.
@@ -20,6 +21,9 @@ Usage: vbdd serve --kind KIND --root DIR [OPTIONS]
   --engine ENGINE       auto, uring or aio: how images are read and written (auto)
   --place PLACE         auto, dom0 or driver-domain: who cleans up after an unplug (auto: dom0 if this domain is 0)
   --default-abi ABI     x86_64, x86_32 or arm: for a frontend that does not name its ABI (x86_64)
+  --disk-options WORDS  what every disk is served with, as in the node vbdd: in-order, persistent=0, discard=0, max-queues=N,
+                        max-ring-page-order=N
+  --persistent-grants   offer frontends to keep their pages mapped; slower for vbdd than copying, see docs/performance.md
   --state-dir DIR       where live rings are written down for the next vbdd (/run/vbdd)
   --assume-clean        take over rings that no journal tells of, as the last vbdd was stopped with SIGTERM
   --xenstore PATH       the socket or device of xenstore (found by itself)
@@ -55,6 +59,10 @@ pub struct ServeOptions {
     pub place: PlaceOption,
     /// For frontends that name none.
     pub default_abi: Abi,
+    /// What every disk is served with, in the words of the node `vbdd`.
+    pub disk_options: String,
+    /// Frontends are offered to keep their pages granted.
+    pub persistent_grants: bool,
     /// Where the journals of live rings are.
     pub state_dir: PathBuf,
     /// Rings without a journal were left with everything answered.
@@ -65,6 +73,16 @@ pub struct ServeOptions {
     pub log_level: log::LevelFilter,
 }
 
+impl ServeOptions {
+    /// What disks are served with whose directories say nothing of it.
+    #[must_use]
+    pub fn terms(&self, usual: Terms) -> Terms {
+        let usual = Terms { default_abi: self.default_abi, ..usual };
+        // They were checked when they were read.
+        usual.with(&self.disk_options).unwrap_or(usual)
+    }
+}
+
 /// Reads the options; `None` if help was asked for.
 pub(super) fn parse(parser: &mut Parser) -> Result<Option<ServeOptions>, Error> {
     let mut options = ServeOptions {
@@ -73,6 +91,8 @@ pub(super) fn parse(parser: &mut Parser) -> Result<Option<ServeOptions>, Error> 
         engine: EngineChoice::Auto,
         place: PlaceOption::Auto,
         default_abi: Abi::X86_64,
+        disk_options: String::new(),
+        persistent_grants: false,
         state_dir: PathBuf::from("/run/vbdd"),
         assume_clean: false,
         xenstore: None,
@@ -111,7 +131,15 @@ pub(super) fn parse(parser: &mut Parser) -> Result<Option<ServeOptions>, Error> 
                 let abis = [("x86_64", Abi::X86_64), ("x86_32", Abi::X86_32), ("arm", Abi::Arm)];
                 options.default_abi = one_of(parser, "--default-abi", &abis)?;
             }
+            Long("disk-options") => {
+                options.disk_options = value(parser)?;
+                let usual = Config::new(0, Place::Dom0).terms;
+                usual.with(&options.disk_options).map_err(|error| {
+                    Error::new(format!("--disk-options says {error}"), "see docs/xenstore.md")
+                })?;
+            }
             Long("state-dir") => options.state_dir = path(parser)?,
+            Long("persistent-grants") => options.persistent_grants = true,
             Long("assume-clean") => options.assume_clean = true,
             Long("xenstore") => options.xenstore = Some(path(parser)?),
             Long("log-level") => {
@@ -190,6 +218,8 @@ mod tests {
             "driver-domain",
             "--default-abi",
             "x86_32",
+            "--disk-options",
+            "max-queues=2,in-order",
             "--log-level",
             "debug",
         ]);
@@ -198,7 +228,11 @@ mod tests {
         assert_eq!(options.roots, [PathBuf::from("/srv/a"), PathBuf::from("/srv/b")]);
         assert_eq!((options.engine, options.place), (EngineChoice::Aio, PlaceOption::DriverDomain));
         assert_eq!((options.default_abi, options.log_level), (Abi::X86_32, log::LevelFilter::Debug));
+        let terms = options.terms(Config::new(0, Place::Dom0).terms);
+        assert_eq!((terms.default_abi, terms.offered.queues_max, terms.in_order), (Abi::X86_32, 2, true));
         assert_eq!(parsed(&["--help"]), Ok(None));
+        let refused = parsed(&["--disk-options", "in-ordr"]).unwrap_err();
+        assert!(refused.contains("\"in-ordr\", which is no option: in-order"), "{refused}");
     }
 
     #[test]

@@ -75,19 +75,6 @@ impl JournalDirectory {
         Ok(unsafe { Memory::new(address.cast(), length_bytes) })
     }
 
-    /// Removes the journals that none of `names` claims: left by rings that are gone.
-    pub fn remove_all_but(&self, names: &dyn Fn(&str) -> bool) {
-        let Ok(directory) = rustix::fs::Dir::read_from(&self.directory) else { return };
-        for entry in directory.flatten() {
-            let Ok(file) = entry.file_name().to_str() else { continue };
-            if let Some(name) = file.strip_suffix(SUFFIX)
-                && !names(name)
-            {
-                self.remove(name);
-            }
-        }
-    }
-
     fn remove(&self, name: &str) {
         let file = format!("{name}{SUFFIX}");
         match unlinkat(&self.directory, &file, rustix::fs::AtFlags::empty()) {
@@ -182,7 +169,7 @@ mod tests {
         assert_eq!(found, [(5, 1), (9, 3), (3, 4), (30, 5)], "an unpublished answer is still owed");
         let (_, owed) = Journal::inherit(memory, 32, &record(), 12).unwrap();
         assert_eq!(owed.len(), 4, "once owed under no index, it is owed until it is answered");
-        directory.remove_all_but(&|_| false);
+        directory.close("vbd-7-51712", memory, true);
         assert!(std::fs::read_dir(&path).unwrap().all(|entry| entry.unwrap().file_name() == "lock"));
         std::fs::remove_dir_all(&path).unwrap();
     }

@@ -2,7 +2,7 @@
 
 use rings::Status;
 
-use super::{Pump, PumpEvent, QueueId};
+use super::{Pump, PumpEvent, QueueId, Token};
 use crate::hypervisor::Hypervisor;
 use crate::queue::Intake;
 use crate::storage::Storage;
@@ -40,14 +40,31 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         open.starved = false;
         open.ring = None;
         let mapping = open.mapping.take();
+        self.forget_copies(id);
+        self.forget_held_back(id);
         while let Some(place) = self.queue(id).and_then(|open| open.next_starved()) {
             self.finish(id, place, Status::Error);
         }
         if let Some(mapping) = mapping {
             self.hypervisor.unmap(mapping);
         }
+        self.unmap_pages(id, false);
         self.starved.retain(|starved| *starved != id);
+        self.first_in_line = self.first_in_line.filter(|(first, _)| *first != id);
         self.list(id);
+    }
+
+    /// Ends what barriers hold back of a queue: nothing of it may be started any more.
+    fn forget_held_back(&mut self, id: u32) {
+        let Some(open) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return };
+        if let Some(disk) = self.disks.get_mut(open.disk as usize).and_then(Option::as_mut) {
+            let is_gone =
+                |request| matches!(Token::decode(request), Some(Token::Request { queue, .. }) if queue == id);
+            disk.forget(is_gone);
+        }
+        while let Some(place) = self.queue(id).and_then(|open| open.next_held_back()) {
+            self.finish(id, place, Status::Error);
+        }
     }
 
     /// Unmaps and unbinds a queue that was drained. `forget` says that no successor will take the ring over.
@@ -57,7 +74,9 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         if self.queue(id).is_none_or(|open| open.unanswered() > 0) {
             return false;
         }
+        self.unmap_pages(id, true);
         let Some(mut open) = self.queues.get_mut(id as usize).and_then(Option::take) else { return false };
+        self.guests.leave(open.guest);
         // The ring goes before its pages.
         open.ring = None;
         if let Some(mapping) = open.mapping.take() {

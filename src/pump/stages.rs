@@ -5,7 +5,9 @@ use rings::{Operation, Status};
 
 use super::{DiskId, Pump, PumpEvent, QueueId, StorageFailure, Token};
 use crate::buffers::Span;
+use crate::disk::Disk;
 use crate::hypervisor::{CopyDirection, CopySegment, Hypervisor, Port};
+use crate::limits::COLLECT_SEGMENTS;
 use crate::queue::{FrontendMisbehaved, Stage};
 use crate::storage::{Done, Io, IoKind, Storage, StorageError};
 
@@ -24,17 +26,41 @@ struct Batch {
     requests: Vec<Copying>,
 }
 
+impl Batch {
+    /// Takes the requests of a queue out; their places go to `dropped`.
+    fn forget(&mut self, queue: u32, dropped: &mut Vec<u16>) {
+        let (mut from, segments) = (0, &mut self.segments);
+        self.requests.retain(|request| {
+            let to = from + usize::from(request.segments);
+            if request.queue != queue {
+                from = to;
+                return true;
+            }
+            segments.drain(from..to.min(segments.len()));
+            dropped.push(request.place);
+            false
+        });
+    }
+}
+
 /// Tables that every turn uses again.
 #[derive(Debug, Default)]
 pub(super) struct Scratch {
     pub(super) ports: Vec<Port>,
     pub(super) unmask: Vec<Port>,
     pub(super) resting: Vec<u32>,
+    /// Descriptors of indirect requests.
+    described: Batch,
     incoming: Batch,
     outgoing: Batch,
     served: Vec<u64>,
-    /// Disks on which a flush may have become ready.
+    pub(super) segments: Vec<rings::Segment>,
+    /// Requests whose copies to or from the file itself failed.
+    retries: Vec<(u32, u16)>,
+    /// Disks on which a flush or barrier may have become ready.
     flush_disks: Vec<u32>,
+    /// Disks on which a barrier has ended.
+    pub(super) reopened: Vec<u32>,
 }
 
 impl Scratch {
@@ -45,7 +71,7 @@ impl Scratch {
     }
 
     pub(super) fn has_flushes(&self) -> bool {
-        !self.flush_disks.is_empty()
+        !self.flush_disks.is_empty() || !self.reopened.is_empty()
     }
 }
 
@@ -53,7 +79,8 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
     /// Takes what storage has finished, and hands the data of reads to the guests.
     pub(super) fn collect(&mut self) -> bool {
         let mut progress = false;
-        while let Some(done) = self.storage.done() {
+        while self.scratch.outgoing.segments.len() < COLLECT_SEGMENTS {
+            let Some(done) = self.storage.done() else { break };
             progress = true;
             match Token::decode(done.token) {
                 Some(Token::Request { queue, place }) => self.transfer_done(queue, place, &done),
@@ -62,29 +89,72 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             }
         }
         let mut batch = std::mem::take(&mut self.scratch.outgoing);
-        self.run_batch(&mut batch, |pump, queue, place, failed| match failed {
-            None => pump.finish(queue, place, Status::Okay),
-            Some(grant) => pump.bad_grant(queue, place, grant),
+        self.run_batch(&mut batch, |pump, queue, place, failed| {
+            let direct = pump.end_direct(queue, place);
+            match failed {
+                None => pump.copied(queue, place, direct),
+                Some(_) if direct => pump.scratch.retries.push((queue, place)),
+                Some(grant) => pump.bad_grant(queue, place, grant),
+            }
         });
         self.scratch.outgoing = batch;
-        progress
+        progress | self.retry()
     }
 
     fn transfer_done(&mut self, id: u32, place: u16, done: &Done) {
-        self.end_epoch(id, place);
         let Some(queue) = self.queue(id) else { return };
         let has_ring = queue.ring.is_some();
         let Some(one) = queue.in_flight(place) else { return };
+        one.transfers = one.transfers.saturating_sub(1);
+        if let (Err(error), None) = (&done.result, &one.error) {
+            one.error = Some(error.clone());
+        }
+        if one.transfers > 0 {
+            return;
+        }
+        let result = one.error.take().map_or(Ok(()), Err);
         let (operation, sector) = (one.request.operation, one.request.sector);
-        match (&done.result, operation) {
+        let in_place = one.stage == Stage::Mapped;
+        self.end_epoch(id, place);
+        match (result, operation) {
+            (Err(error), Operation::Discard) if error.is_unsupported() => self.discards_no_more(id, place),
             (Err(error), _) => {
-                let what = if operation == Operation::Read { "read" } else { "write" };
-                self.storage_failed(id, what, sector, error.clone());
+                let what = match operation {
+                    Operation::Read => "read",
+                    Operation::Discard => "discard",
+                    _ => "write",
+                };
+                self.storage_failed(id, what, sector, error);
                 self.finish(id, place, Status::Error);
             }
-            (Ok(()), Operation::Read) if has_ring => self.queue_copy(id, place, CopyDirection::ToGuest),
+            (Ok(()), Operation::Read) if has_ring && !in_place => {
+                self.queue_copy(id, place, CopyDirection::ToGuest)
+            }
+            // What came along with a flush or barrier is durable with the answer.
+            (Ok(()), Operation::Flush | Operation::Barrier) => self.queue_flush(id, place, Stage::Flush),
             (Ok(()), _) => self.finish(id, place, Status::Okay),
         }
+    }
+
+    /// Has a request wait for an `fdatasync` that covers everything until now, at `stage`.
+    fn queue_flush(&mut self, id: u32, place: u16, stage: Stage) {
+        let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return };
+        let disk_id = queue.disk;
+        let Some(disk) = self.disks.get_mut(disk_id as usize).and_then(Option::as_mut) else { return };
+        let Some(one) = queue.in_flight(place) else { return };
+        one.stage = stage;
+        disk.flush_begins(Token::Request { queue: id, place }.encode());
+        self.scratch.look_at(disk_id);
+    }
+
+    /// The medium knows no discard after all.
+    fn discards_no_more(&mut self, id: u32, place: u16) {
+        let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return };
+        let disk = queue.disk;
+        if let Some(open) = self.disk(disk) {
+            open.offers.discard = false;
+        }
+        self.finish(id, place, Status::Unsupported);
     }
 
     fn storage_failed(&mut self, id: u32, what: &'static str, sector: u64, error: StorageError) {
@@ -95,16 +165,82 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         self.report(PumpEvent::StorageFailed(QueueId(id), failure));
     }
 
-    fn queue_copy(&mut self, id: u32, place: u16, direction: CopyDirection) {
+    pub(super) fn queue_copy(&mut self, id: u32, place: u16, direction: CopyDirection) {
         let Some(queue) = self.queues.get(id as usize).and_then(Option::as_ref) else { return };
         let batch = match direction {
             CopyDirection::FromGuest => &mut self.scratch.incoming,
             CopyDirection::ToGuest => &mut self.scratch.outgoing,
         };
         let before = batch.segments.len();
-        queue.copies(place, direction, &mut batch.segments);
+        queue.copies(place, direction, (&self.rows, self.storage.buffers()), &mut batch.segments);
         let segments = u16::try_from(batch.segments.len() - before).unwrap_or(0);
         batch.requests.push(Copying { queue: id, place, segments });
+    }
+
+    /// A request's data is where it was to go.
+    fn copied(&mut self, id: u32, place: u16, direct: bool) {
+        if let Some(queue) = self.queue(id) {
+            queue.counters.direct += u64::from(direct);
+        }
+        self.finish(id, place, Status::Okay);
+    }
+
+    /// Sends what could not be copied straight the usual way. True if there was any.
+    fn retry(&mut self) -> bool {
+        let mut retries = std::mem::take(&mut self.scratch.retries);
+        let any = !retries.is_empty();
+        for (id, place) in retries.drain(..) {
+            self.retry_buffered(id, place);
+        }
+        self.scratch.retries = retries;
+        any
+    }
+
+    /// Has the descriptors of an indirect request copied in the next batch of them.
+    pub(super) fn fetch_descriptors(&mut self, id: u32, place: u16) {
+        let Some(queue) = self.queues.get(id as usize).and_then(Option::as_ref) else { return };
+        let Some(copy) = queue.descriptor_copy(place) else { return };
+        self.scratch.described.segments.push(copy);
+        self.scratch.described.requests.push(Copying { queue: id, place, segments: 1 });
+    }
+
+    /// Fetches the descriptors of all indirect requests of this round from the guests, and reads them from the copy.
+    pub(super) fn describe(&mut self) -> bool {
+        let mut batch = std::mem::take(&mut self.scratch.described);
+        let progress = !batch.requests.is_empty();
+        self.run_batch(&mut batch, |pump, queue, place, failed| match failed {
+            None => pump.described(queue, place),
+            Some(grant) => pump.bad_grant(queue, place, grant),
+        });
+        self.scratch.described = batch;
+        progress
+    }
+
+    fn described(&mut self, id: u32, place: u16) {
+        let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return };
+        let Some(disk) = self.disks.get(queue.disk as usize).and_then(Option::as_ref) else { return };
+        let Some(one) = queue.in_flight(place) else { return };
+        let described = one.request.describe(self.storage.buffers().bytes(one.held.descriptors));
+        let size_sectors = disk.image.geometry().sectors;
+        if let Err(refusal) = described.and_then(|()| one.request.check_range(size_sectors)) {
+            queue.counters.refused += 1;
+            self.report(PumpEvent::Misbehaved(QueueId(id), FrontendMisbehaved::BadRequest(refusal)));
+            return self.finish(id, place, refusal.status());
+        }
+        self.shorten(id, place);
+        self.move_data(id, place);
+    }
+
+    /// Drops the copies that a queue has ordered and not got: its guest is gone.
+    pub(super) fn forget_copies(&mut self, id: u32) {
+        let scratch = &mut self.scratch;
+        let mut dropped = Vec::new();
+        for batch in [&mut scratch.described, &mut scratch.incoming, &mut scratch.outgoing] {
+            batch.forget(id, &mut dropped);
+        }
+        for place in dropped {
+            self.finish(id, place, Status::Error);
+        }
     }
 
     /// Copies a batch, and calls `then` for each of its requests with the grant that failed, if one did.
@@ -138,10 +274,27 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             let Some((own, behind)) = rest.split_at_mut_checked(request.segments.into()) else { return };
             rest = behind;
             if let Err(error) = self.hypervisor.copy(own) {
-                log::error!("a request's {} grant copies failed: {error:?}", own.len());
+                if self.is_direct(request.queue, request.place) {
+                    self.not_direct(request.queue);
+                } else {
+                    log::error!("a request's {} grant copies failed: {error:?}", own.len());
+                }
                 // On failure of the call the statuses mean nothing.
                 own.iter_mut().for_each(|segment| segment.copied = false);
             }
+        }
+    }
+
+    fn is_direct(&mut self, id: u32, place: u16) -> bool {
+        let one = self.queue(id).and_then(|queue| queue.in_flight(place));
+        one.is_some_and(|one| one.stage == Stage::Direct)
+    }
+
+    /// The pages of a queue's file cannot be had: from now on it is read and written by calls.
+    fn not_direct(&mut self, id: u32) {
+        let disk = self.queue(id).map(|queue| queue.disk);
+        if let Some(file) = disk.and_then(|disk| self.disk(disk)).map(|disk| disk.file) {
+            self.storage.not_direct(file);
         }
     }
 
@@ -149,11 +302,17 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
     pub(super) fn copy_in(&mut self) -> bool {
         let mut batch = std::mem::take(&mut self.scratch.incoming);
         let progress = !batch.requests.is_empty();
-        self.run_batch(&mut batch, |pump, queue, place, failed| match failed {
-            None => pump.queue_transfer(queue, place, IoKind::Write),
-            Some(grant) => pump.bad_grant(queue, place, grant),
+        self.run_batch(&mut batch, |pump, queue, place, failed| {
+            let direct = pump.end_direct(queue, place);
+            match failed {
+                None if direct => pump.copied(queue, place, true),
+                None => pump.queue_transfer(queue, place, IoKind::Write),
+                Some(_) if direct => pump.scratch.retries.push((queue, place)),
+                Some(grant) => pump.bad_grant(queue, place, grant),
+            }
         });
         self.scratch.incoming = batch;
+        self.retry();
         progress
     }
 
@@ -165,58 +324,71 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         self.finish(id, place, Status::Error);
     }
 
-    /// Finds memory for a request's data and sends it on; without memory it stays starved. Where others wait already, it
-    /// waits behind them: small requests would take what a large one needs, page by page, for ever.
-    pub(super) fn start(&mut self, id: u32, place: u16) {
-        let first = self.starved.is_empty();
-        self.try_start(id, place, first);
-    }
-
-    pub(super) fn try_start(&mut self, id: u32, place: u16, allowed: bool) {
-        let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return };
-        let Some(one) = queue.in_flight(place) else { return };
-        let length = one.request.length_bytes();
-        let span = if allowed { self.storage.buffers().alloc(length) } else { None };
-        let Some(span) = span else {
-            one.stage = Stage::Starved;
-            if !queue.starved {
-                queue.starved = true;
-                self.starved.push_back(id);
-            }
-            return;
-        };
-        one.span = span;
-        one.stage = Stage::Storage;
-        if one.request.operation == Operation::Read {
-            self.queue_transfer(id, place, IoKind::Read);
-        } else {
-            self.queue_copy(id, place, CopyDirection::FromGuest);
-        }
-    }
-
-    fn queue_transfer(&mut self, id: u32, place: u16, kind: IoKind) {
+    /// Hands a request's data to storage, a transfer for each piece.
+    pub(super) fn queue_transfer(&mut self, id: u32, place: u16, kind: IoKind) {
         let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return };
         let Some(disk) = self.disks.get(queue.disk as usize).and_then(Option::as_ref) else { return };
         let Some(one) = queue.in_flight(place) else { return };
-        let sectors = u64::from(one.request.length_bytes()) / rings::SECTOR_BYTES;
+        let extent = Extent { sector: one.request.sector, sectors: one.request.sectors };
         // The range was checked when the request was taken; a disk that has shrunk since refuses it here.
-        let run = disk.image.map(Extent { sector: one.request.sector, sectors });
-        let Ok(Run { place: Place::Data { offset_bytes }, .. }) = run else {
+        let Ok(Run { place: Place::Data { offset_bytes }, .. }) = disk.image.map(extent) else {
             return self.finish(id, place, Status::Error);
         };
         let token = Token::Request { queue: id, place }.encode();
-        self.storage.queue(Io { token, file: disk.file, kind, offset_bytes, span: one.span });
+        let (length, mut at) = (one.request.length_bytes(), 0);
+        while let Some(span) =
+            self.rows.part(&one.held, at, length - at).filter(|span| span.length_bytes() > 0)
+        {
+            let offset_bytes = offset_bytes + u64::from(at);
+            self.storage.queue(Io { token, file: disk.file, kind, offset_bytes, span });
+            one.transfers += 1;
+            at += span.length_bytes();
+        }
+        if one.transfers == 0 {
+            self.finish(id, place, Status::Error);
+        }
+    }
+
+    /// Hands a discard to storage.
+    pub(super) fn queue_discard(&mut self, id: u32, place: u16) {
+        let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return };
+        let Some(disk) = self.disks.get(queue.disk as usize).and_then(Option::as_ref) else { return };
+        let Some(one) = queue.in_flight(place) else { return };
+        let extent = Extent { sector: one.request.sector, sectors: one.request.sectors };
+        let Ok(Run { place: Place::Data { offset_bytes }, .. }) = disk.image.map(extent) else {
+            return self.finish(id, place, Status::Error);
+        };
+        one.transfers = 1;
+        let token = Token::Request { queue: id, place }.encode();
+        let kind = IoKind::Discard { length_bytes: extent.sectors.saturating_mul(rings::SECTOR_BYTES) };
+        self.storage.queue(Io { token, file: disk.file, kind, offset_bytes, span: Span::EMPTY });
     }
 
     /// Answers a request and gives its memory back.
     pub(super) fn finish(&mut self, id: u32, place: u16, status: Status) {
+        self.end_mapped(id, place);
         self.end_epoch(id, place);
+        self.leave(id, place);
         let Some(queue) = self.queue(id) else { return };
-        let span = queue.answer(place, status);
-        if span != Span::EMPTY {
-            self.storage.buffers().free(span);
-        }
+        let guest = queue.guest;
+        let held = queue.answer(place, status);
+        self.release(guest, held);
         self.touch(id);
+    }
+
+    /// Tells the disk that a request ends which it had let in.
+    fn leave(&mut self, id: u32, place: u16) {
+        let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return };
+        let disk_id = queue.disk;
+        let Some(disk) = self.disks.get_mut(disk_id as usize).and_then(Option::as_mut) else { return };
+        let Some(one) = queue.in_flight(place).filter(|one| one.stage != Stage::HeldBack) else { return };
+        let is_barrier = one.request.operation == Operation::Barrier;
+        disk.leave(is_barrier);
+        if is_barrier {
+            self.scratch.reopened.push(disk_id);
+        } else if disk.has_barrier() {
+            self.scratch.look_at(disk_id);
+        }
     }
 
     /// From now on, flushes wait for this write.
@@ -243,6 +415,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
 
     pub(super) fn start_flushes(&mut self) {
         while let Some(id) = self.scratch.flush_disks.pop() {
+            self.start_barrier(id);
             let Some(disk) = self.disk(id) else { continue };
             if !disk.start_flush() {
                 continue;
@@ -254,6 +427,15 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             let (token, file) = (Token::Flush(id).encode(), disk.file);
             self.storage.queue(Io { token, file, kind: IoKind::Flush, offset_bytes: 0, span: Span::EMPTY });
         }
+    }
+
+    /// Starts the barrier that waited for everything before it, if that has ended.
+    fn start_barrier(&mut self, disk: u32) {
+        let Some(request) = self.disk(disk).and_then(Disk::start_barrier) else { return };
+        let Some(Token::Request { queue, place }) = Token::decode(request) else { return };
+        let one = self.queue(queue).and_then(|queue| queue.in_flight(place));
+        let has_data = one.is_some_and(|one| one.request.has_data());
+        self.queue_flush(queue, place, if has_data { Stage::Preflush } else { Stage::Flush });
     }
 
     fn flush_done(&mut self, id: u32, result: Result<(), StorageError>) {
@@ -284,7 +466,8 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             }
             (Ok(()), Stage::Preflush) if has_ring => {
                 self.begin_epoch(id, place);
-                self.start(id, place);
+                // Not straight: this round's copies are made, and the next round may be in another turn.
+                self.start_buffered(id, place);
             }
             // The guest is gone: what its grants name now may be anything, and must not be written.
             (Ok(()), Stage::Preflush) => self.finish(id, place, Status::Error),

@@ -6,7 +6,7 @@ use rings::{Operation, Slot, Status};
 
 use super::{Pump, PumpEvent, QueueId, Token};
 use crate::hypervisor::Hypervisor;
-use crate::limits::{REQUESTS_PER_TURN, ROUNDS_PER_TURN};
+use crate::limits::{BYTES_PER_TURN, REQUESTS_PER_TURN, REQUESTS_PER_TURN_MIN, ROUNDS_PER_TURN};
 use crate::queue::{FrontendMisbehaved, Intake, Stage};
 use crate::storage::Storage;
 
@@ -30,16 +30,27 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
     /// Does all that can be done without waiting. `now` is any clock that does not go back. True when there is more to
     /// do at once: the caller looks at its other duties and comes back.
     pub fn turn(&mut self, now: Duration) -> bool {
+        self.now = now;
         self.end_delays(now);
+        self.turning = true;
+        let more = self.rounds(now);
+        self.turning = false;
+        more
+    }
+
+    fn rounds(&mut self, now: Duration) -> bool {
         for _ in 0..ROUNDS_PER_TURN {
             let mut progress = self.feed_starved();
             progress |= self.take_requests(now);
+            progress |= self.let_in();
+            progress |= self.describe();
             progress |= self.copy_in();
             self.start_flushes();
             self.storage.submit();
             progress |= self.collect();
             self.publish();
             progress |= self.rest();
+            progress |= self.scratch.has_flushes();
             if !progress {
                 return false;
             }
@@ -64,9 +75,11 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         if queue.starved {
             return false;
         }
+        let share = REQUESTS_PER_TURN / self.guests.queues(queue.guest).max(1);
+        let share = share.max(REQUESTS_PER_TURN_MIN);
         let limit = match queue.intake {
-            Intake::Open => REQUESTS_PER_TURN,
-            Intake::Closing(left) => left.min(REQUESTS_PER_TURN),
+            Intake::Open => share,
+            Intake::Closing(left) => left.min(share),
             Intake::Closed => return false,
         };
         let waiting = match queue.ring.as_mut().map_or(Ok(0), rings::BackRing::look) {
@@ -86,9 +99,11 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
                 self.delayed.push((now + delay, id));
             }
         }
-        let mut taken = 0;
-        while taken < waiting.min(limit) && self.take_one(id) {
+        let (mut taken, mut bytes) = (0, 0);
+        while taken < waiting.min(limit) && bytes < BYTES_PER_TURN {
+            let Some(length) = self.take_one(id) else { break };
             taken += 1;
+            bytes += length;
         }
         let Some(queue) = self.queue(id) else { return false };
         if let Intake::Closing(left) = &mut queue.intake {
@@ -103,16 +118,14 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         taken > 0
     }
 
-    /// Takes one request; false if there is none, or neither memory nor place for another.
-    fn take_one(&mut self, id: u32) -> bool {
-        let Some(queue) = self.queue(id).filter(|queue| !queue.starved && queue.has_place()) else {
-            return false;
-        };
-        let Some(slot) = queue.ring.as_mut().and_then(rings::BackRing::take) else { return false };
-        if let Some(place) = queue.file(&slot) {
-            self.admit(id, place, &slot);
-        }
-        true
+    /// Takes one request; the length of its data in bytes, or `None` if there is neither request, nor memory, nor place.
+    fn take_one(&mut self, id: u32) -> Option<u32> {
+        let queue = self.queue(id).filter(|queue| !queue.starved && queue.has_place())?;
+        let slot = queue.ring.as_mut().and_then(rings::BackRing::take)?;
+        let Some(place) = queue.file(&slot) else { return Some(0) };
+        self.admit(id, place, &slot);
+        let one = self.queue(id).and_then(|queue| queue.in_flight(place));
+        Some(one.map_or(0, |one| one.request.length_bytes()))
     }
 
     pub(super) fn broken(&mut self, id: u32, misdeed: FrontendMisbehaved) {
@@ -128,7 +141,8 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         let disk_id = queue.disk;
         let Some(disk) = self.disks.get_mut(disk_id as usize).and_then(Option::as_mut) else { return };
         let size_sectors = disk.image.geometry().sectors;
-        let parsed = slot.parse().and_then(|request| request.check_range(size_sectors).map(|()| request));
+        let parsed = slot.parse(&disk.offers);
+        let parsed = parsed.and_then(|request| request.check_range(size_sectors).map(|()| request));
         let request = match parsed {
             Ok(request) => request,
             Err(refusal) => {
@@ -141,25 +155,74 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
                 );
             }
         };
-        let (operation, has_data) = (request.operation, !request.segments.is_empty());
-        if disk.read_only && has_data && operation != Operation::Read {
+        let changes = request.has_data() || request.operation == Operation::Discard;
+        if disk.read_only && changes && request.operation != Operation::Read {
             return self.refuse(id, place, slot, Status::Error, FrontendMisbehaved::WriteToReadOnly);
         }
-        match operation {
+        let is_barrier = request.operation == Operation::Barrier;
+        queue.keep(place, request, Stage::HeldBack);
+        if disk.enter(Token::Request { queue: id, place }.encode(), is_barrier) {
+            self.begin(id, place);
+        }
+    }
+
+    /// Starts a request that no barrier holds back.
+    fn begin(&mut self, id: u32, place: u16) {
+        let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return };
+        let disk_id = queue.disk;
+        let Some(disk) = self.disks.get_mut(disk_id as usize).and_then(Option::as_mut) else { return };
+        let Some(one) = queue.in_flight(place) else { return };
+        match one.request.operation {
             Operation::Read => {
-                queue.keep(place, request, Stage::Starved);
+                one.stage = Stage::Starved;
                 self.start(id, place);
             }
             Operation::Write => {
-                queue.keep(place, request, Stage::Starved);
+                one.stage = Stage::Starved;
                 self.begin_epoch(id, place);
                 self.start(id, place);
             }
+            Operation::Discard => {
+                one.stage = Stage::Storage;
+                self.begin_epoch(id, place);
+                self.queue_discard(id, place);
+            }
             Operation::Flush => {
-                queue.keep(place, request, if has_data { Stage::Preflush } else { Stage::Flush });
+                one.stage = if one.request.has_data() { Stage::Preflush } else { Stage::Flush };
                 disk.flush_begins(Token::Request { queue: id, place }.encode());
                 self.scratch.look_at(disk_id);
             }
+            Operation::Barrier => {
+                one.stage = Stage::Barrier;
+                self.scratch.look_at(disk_id);
+            }
+        }
+    }
+
+    /// Starts what a barrier has held back, on the disks where one has ended.
+    fn let_in(&mut self) -> bool {
+        let mut progress = false;
+        while let Some(disk) = self.scratch.reopened.pop() {
+            while let Some((queue, place)) = self.next_let_in(disk) {
+                self.begin(queue, place);
+                progress = true;
+            }
+        }
+        progress
+    }
+
+    fn next_let_in(&mut self, disk: u32) -> Option<(u32, u16)> {
+        let disk = self.disks.get_mut(disk as usize).and_then(Option::as_mut)?;
+        let queues = &mut self.queues;
+        let is_barrier = |request| {
+            let Some(Token::Request { queue, place }) = Token::decode(request) else { return false };
+            let queue = queues.get_mut(queue as usize).and_then(Option::as_mut);
+            let one = queue.and_then(|queue| queue.in_flight(place));
+            one.is_some_and(|one| one.request.operation == Operation::Barrier)
+        };
+        match Token::decode(disk.let_in(is_barrier)?) {
+            Some(Token::Request { queue, place }) => Some((queue, place)),
+            _ => None,
         }
     }
 
@@ -169,27 +232,6 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         }
         self.touch(id);
         self.report(PumpEvent::Misbehaved(QueueId(id), misdeed));
-    }
-
-    /// Tries again for the requests that found no memory. Queues take their turns.
-    fn feed_starved(&mut self) -> bool {
-        let mut progress = false;
-        while let Some(id) = self.starved.pop_front() {
-            if let Some(queue) = self.queue(id) {
-                queue.starved = false;
-            }
-            while let Some(place) = self.queue(id).and_then(|queue| queue.next_starved()) {
-                self.try_start(id, place, true);
-                if self.queue(id).is_some_and(|queue| queue.starved) {
-                    // Nobody overtakes the first in the line.
-                    self.starved.rotate_right(1);
-                    return progress;
-                }
-                progress = true;
-            }
-            self.list(id);
-        }
-        progress
     }
 
     /// Makes answers visible and tells the guests.

@@ -241,15 +241,9 @@ fn landed(event: &Event) -> Landed {
     }
 }
 
-impl Engine for Aio {
-    /// There is nothing to register.
-    fn attach(&mut self, _index: u32, _fd: BorrowedFd<'_>) -> bool {
-        false
-    }
-
-    fn detach(&mut self, _index: u32) {}
-
-    fn push(&mut self, transfer: &Transfer) -> bool {
+impl Aio {
+    /// Takes a transfer of one piece of memory (`parts` is 0), or of as many as there are `iovec`s at its address.
+    fn push_parts(&mut self, transfer: &Transfer, parts: usize) -> bool {
         if self.outstanding >= self.depth || self.blocks.len() >= BATCH {
             return false;
         }
@@ -261,6 +255,9 @@ impl Engine for Aio {
         let mut block = ControlBlock {
             data: u64::from(transfer.tag),
             opcode: match transfer.action {
+                // IOCB_CMD_PREADV and IOCB_CMD_PWRITEV.
+                Action::Read if parts > 0 => 7,
+                Action::Write if parts > 0 => 8,
                 Action::Read => 0,
                 Action::Write => 1,
                 // IOCB_CMD_FDSYNC.
@@ -273,7 +270,7 @@ impl Engine for Aio {
         };
         if transfer.action != Action::Sync {
             block.address = transfer.address.expose_provenance() as u64;
-            block.length = u64::from(transfer.length_bytes);
+            block.length = if parts > 0 { parts as u64 } else { transfer.length_bytes.into() };
             block.offset = offset;
         }
         self.blocks.push(block);
@@ -282,6 +279,23 @@ impl Engine for Aio {
             self.submit();
         }
         true
+    }
+}
+
+impl Engine for Aio {
+    /// There is nothing to register.
+    fn attach(&mut self, _index: u32, _fd: BorrowedFd<'_>) -> bool {
+        false
+    }
+
+    fn detach(&mut self, _index: u32) {}
+
+    fn push(&mut self, transfer: &Transfer) -> bool {
+        self.push_parts(transfer, 0)
+    }
+
+    fn push_vectored(&mut self, transfer: &Transfer, parts: usize) -> bool {
+        self.push_parts(transfer, parts)
     }
 
     fn submit(&mut self) -> bool {

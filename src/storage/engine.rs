@@ -57,6 +57,13 @@ pub trait Engine: std::fmt::Debug {
     /// Takes a transfer, to be started by [`Engine::submit`]. `false` when full: try again after a submit or a reap.
     fn push(&mut self, transfer: &Transfer) -> bool;
 
+    /// The same for `parts` pieces of memory: the transfer's address is that of as many `iovec`s, which stay valid until it
+    /// has landed, and its length that of all. `false` when full, and for an engine that does not do it.
+    fn push_vectored(&mut self, transfer: &Transfer, parts: usize) -> bool {
+        let _ = (transfer, parts);
+        false
+    }
+
     /// Starts what was pushed. `false` when some of it could not be started now: call again soon.
     fn submit(&mut self) -> bool;
 
@@ -132,6 +139,10 @@ impl Engine for AnyEngine {
     fn push(&mut self, transfer: &Transfer) -> bool {
         each!(self, engine => engine.push(transfer))
     }
+    fn push_vectored(&mut self, transfer: &Transfer, parts: usize) -> bool {
+        each!(self, engine => engine.push_vectored(transfer, parts))
+    }
+
     #[inline]
     fn submit(&mut self) -> bool {
         each!(self, engine => engine.submit())

@@ -5,8 +5,10 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use super::FileId;
 use super::hazards::Hazards;
 use super::legs::{SECTOR_BYTES, Shape};
+use super::maps::Mapped;
 use super::medium::{Path, Prepared};
-use super::{Access, Identity};
+use super::slots::Fifo;
+use super::{Access, DiscardUnit, Identity};
 
 /// Bits of a [`FileId`] that number the place; the others count how often it was used, so that a handle of a closed file
 /// does not mean the next one.
@@ -31,12 +33,17 @@ pub(super) struct File {
     pub in_flight: u32,
     /// To be closed when the last request has finished.
     pub closing: bool,
-    /// The errno of a flush that failed. Nobody can tell any more which writes are down, so none is vouched for again.
-    pub flush_failed: Option<i32>,
     /// Whether the log has been told of its oddities.
     pub warned: bool,
+    /// The units in which content can be let go, if at all.
+    pub discard: Option<DiscardUnit>,
+    /// A discard is under way, and the others that wait for it.
+    pub discarding: bool,
+    pub discards: Fifo,
     /// Only where a block is larger than a sector.
     pub hazards: Option<Hazards>,
+    /// Only where it lives in memory.
+    pub mapped: Mapped,
 }
 
 impl Drop for File {
@@ -64,9 +71,12 @@ impl File {
             attached: None,
             in_flight: 0,
             closing: false,
-            flush_failed: None,
             warned: false,
+            discard: prepared.discard,
+            discarding: false,
+            discards: Fifo::EMPTY,
             hazards: serialised.then(|| Hazards::new(prepared.shape)),
+            mapped: if prepared.path == Path::Memory { Mapped::No } else { Mapped::Never },
         }
     }
 
@@ -122,6 +132,16 @@ impl Files {
     #[inline]
     pub(super) fn at(&mut self, id: FileId) -> Option<&mut File> {
         self.entry(id)?.file.as_mut()
+    }
+
+    /// The file at a place of the table.
+    pub(super) fn in_place(&mut self, place: u32) -> Option<&mut File> {
+        self.entries.get_mut(place as usize)?.file.as_mut()
+    }
+
+    /// All open files.
+    pub(super) fn all(&mut self) -> impl Iterator<Item = &mut File> {
+        self.entries.iter_mut().filter_map(|entry| entry.file.as_mut())
     }
 
     /// Takes a file out of the table.

@@ -38,6 +38,11 @@ impl Shape {
         Shape { size, limit, block, memory, tail }
     }
 
+    /// The same file with another size, as far as whole blocks go: nobody opened it for a ragged end.
+    pub(super) fn resized(self, size: u64) -> Shape {
+        Shape::new(size - size % u64::from(self.block), self.block, self.memory)
+    }
+
     /// The same file through the page cache.
     pub(super) fn cached(self) -> Shape {
         Shape { block: 1, memory: 1, tail: u64::MAX, ..self }
@@ -92,18 +97,18 @@ pub(super) enum Next {
 }
 
 /// Whether a request may be done at all.
-pub(super) fn check(shape: &Shape, kind: IoKind, offset: u64, length: u32) -> Result<(), StorageError> {
+pub(super) fn check(shape: &Shape, kind: IoKind, offset: u64, length: u64) -> Result<(), StorageError> {
     if kind == IoKind::Flush {
         return Ok(());
     }
     let sector = u64::from(SECTOR_BYTES);
-    if !offset.is_multiple_of(sector) || !length.is_multiple_of(SECTOR_BYTES) || length == 0 {
+    if !offset.is_multiple_of(sector) || !length.is_multiple_of(sector) || length == 0 {
         return Err(StorageError::Os(libc::EINVAL));
     }
-    let Some(end) = offset.checked_add(u64::from(length)) else {
+    let Some(end) = offset.checked_add(length) else {
         return Err(StorageError::PastEnd);
     };
-    if kind == IoKind::Write && end > shape.limit {
+    if kind != IoKind::Read && end > shape.limit {
         return Err(StorageError::PastEnd);
     }
     Ok(())

@@ -8,14 +8,17 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::calls::{self, Job};
+use super::discards::Discard;
 use super::engine::{self, AnyEngine, Engine, EngineChoice, Landed};
 use super::files::{FILES_MAX, File, Files};
 use super::legs::{self, BOUNCE_BYTES};
+use super::maps::{Answer, Mapped, Maps, Wish};
 use super::medium::{self, Path, Prepared};
+use super::merge::Merges;
 use super::slots::{Fifo, Slots};
 use super::workers::{Bell, Workers};
 use super::{Access, Done, FileId, Identity, Io, IoKind, OpenError, Opened, Storage, StorageError};
-use crate::buffers::Pool;
+use crate::buffers::{Pool, Span};
 use crate::images::Roots;
 
 /// Threads that open and close files. A dead file server holds one for each path that is tried; the rest go on.
@@ -26,6 +29,9 @@ const OPENS_WAITING_MAX: usize = 256;
 
 /// Threads for transfers that the engine has no asynchronous form for.
 const HELPERS_MAX: usize = 4;
+
+/// Threads for discards: as many disks can have one under way.
+const DISCARDERS_MAX: usize = 4;
 
 /// Bounce buffers in bytes: 16 requests go through them at a time, the others wait.
 const BOUNCE_POOL_BYTES: usize = 16 * BOUNCE_BYTES as usize;
@@ -96,15 +102,21 @@ pub struct LinuxStorage {
     pub(super) unpushed: Fifo,
     /// Requests that wait for a bounce buffer.
     pub(super) unbounced: Fifo,
+    /// Transfers that may yet become one with the next.
+    pub(super) merges: Merges,
     /// Transfers that failed before they started.
     pub(super) stillborn: VecDeque<Landed>,
     finished: VecDeque<Done>,
     refused_opens: VecDeque<(u64, Result<Opened, OpenError>)>,
     openers: Workers<Errand, OpenAnswer>,
     pub(super) helpers: Workers<Job, Landed>,
+    pub(super) discarders: Workers<Discard, Landed>,
     bell: Arc<Bell>,
     /// Whether a transfer was pushed by us and not on behalf of a caller who is about to submit.
     pub(super) continued: bool,
+    pub(super) maps: Maps,
+    /// Whether anything was asked since [`LinuxStorage::was_busy`] was.
+    busy: bool,
 }
 
 /// Whether the engine should know a file by number. Not a device: the kernel lets go of registered files late, and the claim
@@ -153,6 +165,8 @@ impl LinuxStorage {
         let helpers = Workers::new("vbdd-io", HELPERS_MAX, Arc::clone(&bell), |Job(transfer)| {
             Some(Landed { tag: transfer.tag, result: calls::now(&transfer) })
         });
+        let discarders =
+            Workers::new("vbdd-discard", DISCARDERS_MAX, Arc::clone(&bell), |call: Discard| Some(call.now()));
         Ok(LinuxStorage {
             pool,
             bounces,
@@ -162,13 +176,17 @@ impl LinuxStorage {
             slots: Slots::new(),
             unpushed: Fifo::EMPTY,
             unbounced: Fifo::EMPTY,
+            merges: Merges::default(),
             stillborn: VecDeque::new(),
             finished: VecDeque::new(),
             refused_opens: VecDeque::new(),
             openers,
             helpers,
+            discarders,
             bell,
             continued: false,
+            maps: Maps::default(),
+            busy: false,
         })
     }
 
@@ -190,10 +208,21 @@ impl LinuxStorage {
         self.bell.answer();
     }
 
-    /// Gives unused buffers back to the system. Meant for moments without load.
-    pub fn trim(&mut self) {
-        self.pool.trim();
-        self.bounces.trim();
+    /// Transfers that went along with another as one, since the storage was made.
+    #[must_use]
+    pub fn merged(&self) -> u64 {
+        self.merges.merged
+    }
+
+    /// Whether there was any request since the last call of this.
+    pub fn was_busy(&mut self) -> bool {
+        std::mem::take(&mut self.busy) || self.slots.used() > 0
+    }
+
+    /// Memory in page tables for mapped files at most, in bytes.
+    #[must_use]
+    pub fn page_tables_bytes(&self) -> usize {
+        self.maps.in_use() * 4096
     }
 
     /// Requests queued and not yet finished.
@@ -231,13 +260,15 @@ impl LinuxStorage {
             size_bytes: entry.shape.size,
             physical_block_bytes: entry.physical_block_bytes,
             direct: entry.path == Path::Direct,
+            discard: entry.discard,
             locked,
         })
     }
 
     /// Gives a file that nobody uses any more to the threads, since `close` may wait for a file server.
     pub(super) fn put_away(&mut self, file: FileId) {
-        let Some(file) = self.files.remove(file) else { return };
+        let Some(mut file) = self.files.remove(file) else { return };
+        self.maps.unmap(&mut file.mapped);
         if let Some(index) = file.attached {
             self.engine.detach(index);
         }
@@ -253,17 +284,16 @@ impl LinuxStorage {
     fn admit(file: &File, io: &Io) -> Result<(), StorageError> {
         match io.kind {
             IoKind::Write if file.access == Access::ReadOnly => return Err(StorageError::Os(libc::EROFS)),
-            IoKind::Flush => {
-                if let Some(errno) = file.flush_failed {
-                    return Err(StorageError::Os(errno));
-                }
+            IoKind::Discard { .. } if file.access == Access::ReadOnly => {
+                return Err(StorageError::Os(libc::EROFS));
             }
             _ => {}
         }
         if file.closing {
             return Err(StorageError::Os(libc::EBADF));
         }
-        legs::check(&file.shape, io.kind, io.offset_bytes, io.span.length_bytes())
+        let length = Self::discard_length(io.kind).unwrap_or(io.span.length_bytes().into());
+        legs::check(&file.shape, io.kind, io.offset_bytes, length)
     }
 }
 
@@ -290,6 +320,15 @@ impl Storage for LinuxStorage {
         Some((token, result.and_then(|prepared| self.install(path, prepared))))
     }
 
+    fn measure(&mut self, file: FileId) -> Option<u64> {
+        let file = self.files.at(file).filter(|file| !file.closing)?;
+        let size = medium::size_now(&file.fd)?;
+        if size != file.shape.size {
+            file.shape = file.shape.resized(size);
+        }
+        Some(file.shape.size)
+    }
+
     fn close(&mut self, file: FileId) {
         let Some(entry) = self.files.at(file) else { return };
         entry.closing = true;
@@ -303,12 +342,54 @@ impl Storage for LinuxStorage {
     }
 
     #[inline]
+    fn direct(&mut self, id: FileId, kind: IoKind, offset: u64, length: u32) -> Option<Span> {
+        self.busy = true;
+        let file = self.files.at(id)?;
+        let refused = file.closing || (kind == IoKind::Write && file.access == Access::ReadOnly);
+        if file.path != Path::Memory || refused || length == 0 {
+            return None;
+        }
+        let writable = file.access != Access::ReadOnly;
+        let (fd, size) = (file.fd.as_fd(), file.shape.size);
+        let (place, writes) = (Files::place(id), kind == IoKind::Write);
+        let wish = Wish { place, fd, size, writable, writes, offset, length };
+        match self.maps.find(&mut file.mapped, &wish) {
+            Answer::Here(span) => Some(span),
+            Answer::No => None,
+            Answer::After((place, number)) => {
+                let other = self.files.in_place(place)?;
+                self.maps.give_up(&mut other.mapped, other.fd.as_fd(), number);
+                None
+            }
+        }
+    }
+
+    /// Only files in memory: their transfers are over when `queue` returns, so that no device reaches into a page of a guest
+    /// that is gone (XSA-229 is what such transfers led to).
+    fn takes_pages(&mut self, file: FileId) -> bool {
+        self.files.at(file).is_some_and(|file| file.path == Path::Memory)
+    }
+
+    fn not_direct(&mut self, file: FileId) {
+        let Some(entry) = self.files.at(file) else { return };
+        self.maps.unmap(&mut entry.mapped);
+        entry.mapped = Mapped::Never;
+        if !std::mem::replace(&mut entry.warned, true) {
+            log::warn!("image {:?} cannot be mapped any more: was the file cut short?", entry.identity);
+        }
+    }
+
+    #[inline]
     fn queue(&mut self, io: Io) {
+        self.busy = true;
         let Some(file) = self.files.at(io.file) else {
             return self.end(io.token, Err(StorageError::Os(libc::EBADF)));
         };
         if let Err(error) = Self::admit(file, &io) {
             return self.end(io.token, Err(error));
+        }
+        if let Some(length) = Self::discard_length(io.kind) {
+            return self.queue_discard(&io, length);
         }
         if file.path == Path::Memory {
             let result = self.copy_now(&io);
@@ -327,8 +408,19 @@ impl Storage for LinuxStorage {
         self.advance(number);
     }
 
+    fn trim(&mut self) {
+        self.pool.trim();
+        self.bounces.trim();
+        for file in self.files.all() {
+            self.maps.unmap(&mut file.mapped);
+        }
+        self.maps.forget_all();
+    }
+
     fn submit(&mut self) {
+        self.maps.next_turn();
         self.continued = false;
+        self.end_run();
         let mut all = self.engine.submit();
         while all && !self.unpushed.is_empty() {
             let before = self.unpushed.first();
@@ -358,8 +450,10 @@ impl Storage for LinuxStorage {
                 self.land(landed);
             } else if let Some(landed) = self.stillborn.pop_front() {
                 self.land(landed);
+            } else if let Some(landed) = self.discarders.take() {
+                self.land(landed);
             } else {
-                if self.continued || !self.unpushed.is_empty() {
+                if self.continued || !self.unpushed.is_empty() || !self.merges.is_empty() {
                     self.submit();
                 }
                 return None;

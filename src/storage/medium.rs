@@ -1,14 +1,15 @@
 //! Opening an image and finding out what its medium asks of transfers. Runs on an opener thread: everything here may block.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use rustix::fs::{AtFlags, FlockOperation, OFlags, SeekFrom, StatxFlags};
 use rustix::io::Errno;
 
+use super::discards::punch;
 use super::legs::{BLOCK_BYTES_MAX, SECTOR_BYTES, Shape};
 use super::linux::Alignment;
-use super::{Access, Identity, OpenError};
+use super::{Access, DiscardUnit, Identity, OpenError};
 use crate::images::{Image, Roots, explain};
 
 /// `statfs` numbers of file systems that live in memory (`linux/magic.h`): tmpfs, ramfs, hugetlbfs.
@@ -44,6 +45,7 @@ pub(super) struct Prepared {
     pub access: Access,
     pub identity: Identity,
     pub physical_block_bytes: u32,
+    pub discard: Option<DiscardUnit>,
     pub locked: bool,
 }
 
@@ -120,7 +122,8 @@ impl Opening<'_> {
         let physical_block_bytes = physical_block(&fd, self.image, shape.block);
         let (access, identity) = (self.access, self.image.identity);
         let locked = access != Access::ReadWrite || self.image.is_device() || lock(&fd);
-        Prepared { fd, tail, path, shape, access, identity, physical_block_bytes, locked }
+        let discard = if access == Access::ReadOnly { None } else { discard_unit(&fd, self.image, shape) };
+        Prepared { fd, tail, path, shape, access, identity, physical_block_bytes, discard, locked }
     }
 }
 
@@ -150,6 +153,19 @@ fn size(path: &str, fd: &OwnedFd) -> Result<u64, OpenError> {
         return Err(OpenError { path: path.into(), reason });
     }
     Ok(size)
+}
+
+/// The size of an open file or device in bytes, as far as the kernel knows it without asking a file server. Not 0: then it
+/// is being replaced, or it is no longer there.
+pub(super) fn size_now(fd: &OwnedFd) -> Option<u64> {
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    let stat = rustix::fs::statx(fd, "", flags, StatxFlags::SIZE | StatxFlags::TYPE).ok()?;
+    let kind = rustix::fs::FileType::from_raw_mode(stat.stx_mode.into());
+    let size = match kind {
+        rustix::fs::FileType::BlockDevice => rustix::fs::seek(fd, SeekFrom::End(0)).ok()?,
+        _ => stat.stx_size,
+    };
+    (size > 0).then_some(size)
 }
 
 fn is_in_memory(fd: &OwnedFd) -> bool {
@@ -222,13 +238,52 @@ fn physical_block(fd: &OwnedFd, image: &Image, block: u32) -> u32 {
     told.filter(sane).unwrap_or(least)
 }
 
+/// The largest unit of discard that is believed, in bytes.
+const DISCARD_BYTES_MAX: u32 = 64 << 20;
+
+/// The units in which the medium lets content go; `None` where it cannot.
+fn discard_unit(fd: &OwnedFd, image: &Image, shape: Shape) -> Option<DiscardUnit> {
+    let unit = match image.identity {
+        Identity::Device { number } => device_discard_unit(number)?,
+        Identity::File { .. } => {
+            let told = rustix::fs::fstat(fd).ok().and_then(|stat| u32::try_from(stat.st_blksize).ok());
+            let granularity_bytes = told.filter(|bytes| bytes.is_power_of_two()).unwrap_or(BLOCK_BYTES_MAX);
+            DiscardUnit { granularity_bytes, alignment_bytes: 0 }
+        }
+    };
+    let granularity_bytes = unit.granularity_bytes.max(shape.block).max(SECTOR_BYTES);
+    let sane = granularity_bytes.is_multiple_of(SECTOR_BYTES) && granularity_bytes <= DISCARD_BYTES_MAX;
+    let unit = DiscardUnit { granularity_bytes, alignment_bytes: unit.alignment_bytes % granularity_bytes };
+    // Behind the end of a file there is nothing to lose: a file system that knows no holes says so.
+    let behind = shape.size.checked_next_multiple_of(granularity_bytes.into())?;
+    let is_device = matches!(image.identity, Identity::Device { .. });
+    let works = is_device || punch(fd.as_fd(), behind, granularity_bytes.into()).is_ok();
+    (sane && works).then_some(unit)
+}
+
+/// What the kernel says of a device: `queue/discard_granularity`, 0 where it discards nothing, and `discard_alignment`. A
+/// partition has its parent's queue and an alignment of its own.
+fn device_discard_unit(number: u64) -> Option<DiscardUnit> {
+    let queue = |name: &str| {
+        let names = [format!("queue/{name}"), format!("../queue/{name}")];
+        names.iter().find_map(|name| sysfs_number(number, name))
+    };
+    let (granularity, most) = (queue("discard_granularity")?, queue("discard_max_bytes")?);
+    let alignment = sysfs_number(number, "discard_alignment").unwrap_or(0);
+    let granularity_bytes = u32::try_from(granularity).ok().filter(|bytes| *bytes > 0 && most > 0)?;
+    Some(DiscardUnit { granularity_bytes, alignment_bytes: u32::try_from(alignment).unwrap_or(0) })
+}
+
+/// A number that the kernel tells of a block device.
+fn sysfs_number(device: u64, name: &str) -> Option<u64> {
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+    let text = std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/{name}")).ok()?;
+    text.trim().parse().ok()
+}
+
 /// The physical block of the device that holds a file system, where it is a single one. For a partition the queue is its
 /// parent's.
 fn from_sysfs(device: u64) -> Option<u32> {
-    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
-    let base = format!("/sys/dev/block/{major}:{minor}");
-    ["queue", "../queue"].iter().find_map(|queue| {
-        let text = std::fs::read_to_string(format!("{base}/{queue}/physical_block_size")).ok()?;
-        text.trim().parse().ok()
-    })
+    let names = ["queue/physical_block_size", "../queue/physical_block_size"];
+    names.iter().find_map(|name| u32::try_from(sysfs_number(device, name)?).ok())
 }

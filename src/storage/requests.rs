@@ -89,12 +89,12 @@ impl LinuxStorage {
 
     /// Starts the current transfer of a request from where it stands.
     #[inline]
-    fn launch(&mut self, number: u32) {
+    pub(super) fn launch(&mut self, number: u32) {
         let slot = self.slots.at(number);
         let tail = slot.leg.way == Way::Tail && slot.stage == Stage::Move;
         let Some(file) = self.files.at(slot.io.file) else { return };
         let action = match slot.stage {
-            Stage::Sync => Action::Sync,
+            Stage::Sync | Stage::Discard => Action::Sync,
             Stage::Fetch | Stage::Fill => Action::Read,
             Stage::Store => Action::Write,
             Stage::Move if slot.io.kind == IoKind::Read => Action::Read,
@@ -118,7 +118,18 @@ impl LinuxStorage {
             if self.helpers.give(Job(transfer)).is_err() {
                 self.stillborn.push_back(Landed { tag: number, result: -libc::EAGAIN });
             }
-        } else if !self.unpushed.is_empty() || !self.engine.push(&transfer) {
+        } else if self.may_merge(number, action) {
+            let file = self.slots.at(number).io.file;
+            self.join(number, file, transfer);
+        } else {
+            self.push(number, &transfer);
+        }
+    }
+
+    /// Gives a transfer to the engine, or has it wait for room there.
+    #[inline]
+    pub(super) fn push(&mut self, number: u32, transfer: &Transfer) {
+        if !self.unpushed.is_empty() || !self.engine.push(transfer) {
             self.unpushed.push(&mut self.slots, number);
         }
     }
@@ -127,6 +138,8 @@ impl LinuxStorage {
     pub(super) fn push_more(&mut self) {
         let mut waiting = std::mem::replace(&mut self.unpushed, Fifo::EMPTY);
         while let Some(number) = waiting.pop(&self.slots) {
+            // There is little room: it is not kept back any longer.
+            self.slots.at_mut(number).alone = true;
             self.launch(number);
             if !self.unpushed.is_empty() {
                 // It went back to the end of an empty list: put the rest behind it, in order.
@@ -138,8 +151,14 @@ impl LinuxStorage {
 
     /// An answer has come.
     pub(super) fn land(&mut self, landed: Landed) {
+        if self.land_merged(landed) {
+            return;
+        }
         let number = landed.tag;
         let slot = *self.slots.at(number);
+        if slot.stage == Stage::Discard {
+            return self.discard_landed(number, calls::answer(landed.result));
+        }
         let Some(file) = self.files.at(slot.io.file) else { return };
         match calls::answer(landed.result) {
             // The usual end: all of it.
@@ -170,7 +189,7 @@ impl LinuxStorage {
         }
     }
 
-    fn relaunch(&mut self, number: u32) {
+    pub(super) fn relaunch(&mut self, number: u32) {
         self.continued = true;
         self.launch(number);
     }
@@ -204,9 +223,6 @@ impl LinuxStorage {
             }
             _ => {}
         }
-        if slot.stage == Stage::Sync {
-            file.flush_failed = Some(errno);
-        }
         self.finish(number, Err(StorageError::Os(errno)));
     }
 
@@ -220,7 +236,7 @@ impl LinuxStorage {
     }
 
     /// The current transfer of a request has moved all that it was to move.
-    fn moved_all(&mut self, number: u32) {
+    pub(super) fn moved_all(&mut self, number: u32) {
         let place = self.slots.at_mut(number);
         place.moved = 0;
         place.tries = 0;
@@ -235,7 +251,7 @@ impl LinuxStorage {
                 let (inner, outer) = Self::both_sides(place);
                 outer.copy_from(&inner);
             }
-            Stage::Move | Stage::Store => {}
+            Stage::Move | Stage::Store | Stage::Discard => {}
         }
         place.at += place.leg.length;
         if place.at == place.io.span.length_bytes() {
@@ -246,7 +262,7 @@ impl LinuxStorage {
     }
 
     /// A request has ended: its answer, and whoever waited for it.
-    fn finish(&mut self, number: u32, result: Result<(), StorageError>) {
+    pub(super) fn finish(&mut self, number: u32, result: Result<(), StorageError>) {
         let slot = *self.slots.at(number);
         self.end(slot.io.token, result);
         if let Some(buffer) = slot.bounce {
@@ -293,7 +309,7 @@ impl LinuxStorage {
         let action = match io.kind {
             IoKind::Read => Action::Read,
             IoKind::Write => Action::Write,
-            IoKind::Flush => Action::Sync,
+            IoKind::Flush | IoKind::Discard { .. } => Action::Sync,
         };
         let room = file.shape.limit.saturating_sub(io.offset_bytes);
         let length = io.span.length_bytes().min(u32::try_from(room).unwrap_or(u32::MAX));
@@ -317,6 +333,9 @@ impl LinuxStorage {
                 Ok(count) => moved += count,
                 Err(errno) => return Err(StorageError::Os(errno)),
             }
+        }
+        if action == Action::Write {
+            self.maps.wrote(&file.mapped, io.offset_bytes, moved);
         }
         if io.span.length_bytes() > moved {
             io.span.part(moved, io.span.length_bytes() - moved).unwrap_or(Span::EMPTY).zero();

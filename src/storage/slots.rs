@@ -25,6 +25,8 @@ pub(super) enum Stage {
     Store,
     /// Makes durable.
     Sync,
+    /// Lets go of content.
+    Discard,
 }
 
 /// One request.
@@ -39,6 +41,12 @@ pub(super) struct Slot {
     pub memory: Span,
     pub place: u64,
     pub moved: u32,
+    /// Where a discard ends.
+    pub until: u64,
+    /// It is not to be merged with others: that was tried.
+    pub alone: bool,
+    /// The table of the merged transfer that begins with it.
+    pub table: u32,
     /// Tries of the current transfer that moved nothing.
     pub tries: u8,
     pub bounce: Option<Span>,
@@ -61,6 +69,9 @@ impl Slot {
             memory: Span::EMPTY,
             place: 0,
             moved: 0,
+            until: 0,
+            alone: false,
+            table: NONE,
             tries: 0,
             bounce: None,
             listed: None,
@@ -68,6 +79,13 @@ impl Slot {
             write_before: NONE,
             write_after: NONE,
         }
+    }
+}
+
+impl Slot {
+    /// Its current transfer goes between the file and the caller's memory.
+    pub(super) fn is_straight(&self) -> bool {
+        self.stage == Stage::Move && self.leg.way == Way::Straight
     }
 }
 

@@ -108,11 +108,18 @@ impl Uring {
         format!("{} in flight at most, {sort}", self.ring.params().cq_entries())
     }
 
-    fn entry(transfer: &Transfer) -> io_uring::squeue::Entry {
+    fn entry(transfer: &Transfer, parts: u32) -> io_uring::squeue::Entry {
         let Transfer { offset_bytes, address, length_bytes, .. } = *transfer;
+        let parts_at = address.cast::<libc::iovec>().cast_const();
         macro_rules! on {
             ($fd:expr) => {
                 match transfer.action {
+                    Action::Read if parts > 0 => {
+                        opcode::Readv::new($fd, parts_at, parts).offset(offset_bytes).build()
+                    }
+                    Action::Write if parts > 0 => {
+                        opcode::Writev::new($fd, parts_at, parts).offset(offset_bytes).build()
+                    }
                     Action::Read => {
                         opcode::Read::new($fd, address, length_bytes).offset(offset_bytes).build()
                     }
@@ -128,6 +135,23 @@ impl Uring {
             None => on!(Fd(transfer.fd)),
         };
         entry.user_data(u64::from(transfer.tag))
+    }
+
+    #[inline]
+    fn push_entry(&mut self, entry: &io_uring::squeue::Entry) -> bool {
+        if self.outstanding >= self.ring.params().cq_entries() {
+            return false;
+        }
+        // SAFETY: the memory and the descriptor stay valid until the transfer has landed (see `Transfer`).
+        if unsafe { self.ring.submission().push(entry) }.is_err() {
+            return false;
+        }
+        self.outstanding += 1;
+        self.pushed += 1;
+        if self.pushed >= EAGER_BATCH {
+            self.submit();
+        }
+        true
     }
 
     /// Copies answers from the ring to the batch.
@@ -161,19 +185,11 @@ impl Engine for Uring {
 
     #[inline]
     fn push(&mut self, transfer: &Transfer) -> bool {
-        if self.outstanding >= self.ring.params().cq_entries() {
-            return false;
-        }
-        // SAFETY: the memory and the descriptor stay valid until the transfer has landed (see `Transfer`).
-        if unsafe { self.ring.submission().push(&Self::entry(transfer)) }.is_err() {
-            return false;
-        }
-        self.outstanding += 1;
-        self.pushed += 1;
-        if self.pushed >= EAGER_BATCH {
-            self.submit();
-        }
-        true
+        self.push_entry(&Self::entry(transfer, 0))
+    }
+
+    fn push_vectored(&mut self, transfer: &Transfer, parts: usize) -> bool {
+        u32::try_from(parts).is_ok_and(|parts| self.push_entry(&Self::entry(transfer, parts)))
     }
 
     fn submit(&mut self) -> bool {

@@ -1,10 +1,13 @@
 //! What goes into [`Vbd::step`](super::Vbd::step) and what comes out of it.
 
+use std::borrow::Cow;
+
 use rings::Abi;
 
+use super::features::{Discard, Features, Terms};
 use super::world::{Key, Node, World};
 use crate::hypervisor::{DomainId, GrantRef};
-use crate::params::Image;
+use crate::params::{Format, Image};
 
 /// Longest text, in bytes, that is written for an operator into `error` or `hotplug-error`. The guest can read those.
 pub const ERROR_TEXT_MAX_BYTES: usize = 250;
@@ -29,19 +32,6 @@ pub enum Script {
     AsTheNodeSays,
 }
 
-/// What frontends are offered. Grows as rings and storage learn more.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Offered {
-    /// `feature-flush-cache`
-    pub flush: bool,
-}
-
-impl Default for Offered {
-    fn default() -> Offered {
-        Offered { flush: true }
-    }
-}
-
 /// What is the same for every vbd of one kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Config {
@@ -51,10 +41,8 @@ pub struct Config {
     pub place: Place,
     /// Who plays the hotplug script.
     pub script: Script,
-    /// The ABI of a frontend that does not say.
-    pub default_abi: Abi,
-    /// What is offered.
-    pub offered: Offered,
+    /// What a disk is served with whose backend directory says nothing of it.
+    pub terms: Terms,
     /// How often an attempt is made, a [`Timer::Retry`] apart, that may fail for a passing reason: an open while the
     /// toolstack's script may still run, a connect without fault of the frontend. libxl gives a script 40 s.
     pub attempts: u8,
@@ -69,19 +57,37 @@ impl Config {
             Place::DriverDomain => Script::Ours,
         };
         let default_abi = if cfg!(target_arch = "aarch64") { Abi::Arm } else { Abi::X86_64 };
-        Config { own_domain, place, script, default_abi, offered: Offered::default(), attempts: 40 }
+        let terms = Terms { offered: Features::default(), in_order: false, default_abi };
+        Config { own_domain, place, script, terms, attempts: 40 }
     }
 }
 
 /// An image to open, and what for. The sharing check is the opener's: only it knows which file a path really is.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct OpenRequest {
-    /// Format and path.
+    /// Format and path. An empty path is an empty drive: a disk without sectors.
     pub image: Image,
-    /// `mode` does not begin with `w`.
+    /// `mode` does not begin with `w`, or it is a cdrom.
     pub read_only: bool,
     /// `mode` has a `!`: the administrator vouches for a second writer, so the sharing check is to be skipped.
     pub forced: bool,
+    /// Its medium may be changed while the guest uses the drive.
+    pub cdrom: bool,
+}
+
+impl OpenRequest {
+    /// A drive with nothing in it.
+    #[must_use]
+    pub fn empty(cdrom: bool) -> OpenRequest {
+        let image = Image { format: Format::Raw, path: String::new() };
+        OpenRequest { image, read_only: true, forced: false, cdrom }
+    }
+
+    /// Whether there is no medium.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.image.path.is_empty()
+    }
 }
 
 /// What an open image looks like to the guest.
@@ -91,6 +97,8 @@ pub struct Geometry {
     pub sectors: u64,
     /// `physical-sector-size`, in bytes.
     pub physical_sector_bytes: u32,
+    /// How space can be given back, if it can.
+    pub discard: Option<Discard>,
 }
 
 /// One queue of a ring, as the frontend described it.
@@ -109,6 +117,16 @@ pub struct RingPlan {
     pub abi: Abi,
     /// Its queues; at least one.
     pub queues: Vec<QueuePlan>,
+    /// Both sides have said `feature-persistent`.
+    pub persistent: bool,
+}
+
+impl RingPlan {
+    /// One queue of one page: what every frontend can do.
+    #[must_use]
+    pub fn is_plain(&self) -> bool {
+        matches!(self.queues.as_slice(), [queue] if queue.ring_refs.len() == 1)
+    }
 }
 
 /// A ring to map and bind.
@@ -119,8 +137,11 @@ pub struct RingPlan {
 pub struct ConnectPlan {
     /// Whose grants and event channels these are.
     pub domain: DomainId,
-    /// The ring.
-    pub ring: RingPlan,
+    /// The ring. Where nodes of an earlier frontend lie beside those of the present one there are two ways to read them:
+    /// the first of these that can be mapped and bound counts.
+    pub rings: Vec<RingPlan>,
+    /// What the disk is served with.
+    pub terms: Terms,
     /// Taken over from a predecessor that had published state 4: requests may be owed, see the journal.
     pub resume: bool,
 }
@@ -133,7 +154,8 @@ pub enum Disconnect {
     /// The guest is gone or does not matter any more: answer nothing, copy nothing to it; wait only for what storage
     /// already holds. May follow a [`Disconnect::Drain`] that is still under way; there is one answer to both.
     Abort,
-    /// As `Drain`, but nothing tells the frontend: the successor finds the ring as it is and goes on.
+    /// As `Drain`, but nothing tells the frontend: the successor finds the ring as it is and goes on. Also while the medium of
+    /// a drive is changed.
     HandOver,
 }
 
@@ -169,10 +191,16 @@ impl Publication {
 /// Delays that a vbd asks for. At most one of each is armed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Timer {
-    /// State 2 of a new device stays at least that long: libxl waits for exactly 2 and must get to see it.
+    /// State 2 of a new device with a `script` node stays at least that long: such a device is libxl's, which waits 10 s for
+    /// exactly 2 and must get to see it even on a busy host.
+    SettleForScript,
+    /// The same for other devices, whose toolstacks wait for nothing or for `hotplug-status`.
     Settle,
     /// State 6 stays at least that long before the directory is removed: a toolstack that misses it cleans nothing.
     Linger,
+    /// The same where a hotplug script has made a loop device for the image: `xl devd` runs it once more to take that away,
+    /// and it reads the directory for that. libxl waits 10 s for the removal.
+    LingerForScript,
     /// Until an open or connect is tried again.
     Retry,
     /// Until a publication that failed (a quota, say) is tried again.
@@ -181,7 +209,14 @@ pub enum Timer {
 
 impl Timer {
     /// Every timer.
-    pub const ALL: [Timer; 4] = [Timer::Settle, Timer::Linger, Timer::Retry, Timer::Republish];
+    pub const ALL: [Timer; 6] = [
+        Timer::SettleForScript,
+        Timer::Settle,
+        Timer::Linger,
+        Timer::LingerForScript,
+        Timer::Retry,
+        Timer::Republish,
+    ];
 
     /// How long, in milliseconds.
     #[must_use]
@@ -189,7 +224,8 @@ impl Timer {
         match self {
             Timer::Settle => 100,
             Timer::Linger | Timer::Retry => 1000,
-            Timer::Republish => 2000,
+            Timer::SettleForScript | Timer::Republish => 2000,
+            Timer::LingerForScript => 5000,
         }
     }
 }
@@ -198,16 +234,16 @@ impl Timer {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Misdeed {
     /// It announced a ring without that node.
-    Missing(&'static str),
+    Missing(Cow<'static, str>),
     /// It hid that node from us.
-    Unreadable(&'static str),
+    Unreadable(Cow<'static, str>),
     /// That node is no number that can be meant.
-    BadNumber(&'static str),
+    BadNumber(Cow<'static, str>),
     /// Its `protocol` names no ABI.
     UnknownProtocol,
     /// It asks for that many queues: none, or more than were offered.
     Queues(u32),
-    /// It asks for that many ring pages: none, or more than were offered.
+    /// It asks for that many ring pages: none, more than were offered, or no power of two.
     RingPages(u32),
     /// It did not grant that page of the ring.
     BadGrant(GrantRef),
@@ -260,8 +296,10 @@ pub enum Event<'a> {
     Opened(Result<Geometry, String>),
     /// Answers [`Action::CloseImage`].
     ImageClosed,
-    /// Answers [`Action::Connect`].
-    Connected,
+    /// The open image has another size now, or another way to give space back.
+    Resized(Geometry),
+    /// Answers [`Action::Connect`]: that one of [`ConnectPlan::rings`] is mapped and bound, all of it.
+    Connected(usize),
     /// Answers [`Action::Connect`]: nothing is mapped or bound.
     ConnectFailed(ConnectError),
     /// Answers [`Action::Disconnect`]: nothing is mapped, bound or in flight any more.
@@ -290,7 +328,8 @@ pub enum Notice {
 /// What is to be done. An action that has an answer is outstanding until that answer; at most one of each sort is.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Action {
-    /// Read all [`keys`](super::keys) in their order; answer [`Event::World`]. Every decision follows one of these, so
+    /// Read all [`keys`](super::keys) in their order, then the [`further_keys`](super::further_keys) that follow from them;
+    /// answer [`Event::World`]. Every decision follows one of these, so
     /// delaying the answer is the way to slow down a guest that changes its mind too often.
     ReadWorld,
     /// Open an image; answer [`Event::Opened`].

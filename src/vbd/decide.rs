@@ -5,7 +5,7 @@ use super::action::{
 };
 use super::publish::{self, Wording};
 use super::view::{CLOSED, CLOSING, CONNECTED, Front, INIT_WAIT, INITIALISING, Read, View};
-use super::{Alarm, Attempt, Image, InFlight, Ring, Serving, Setback, Vbd, World};
+use super::{Alarm, Attempt, Image, InFlight, Medium, Ring, Serving, Setback, Vbd, World};
 
 /// What a step towards a goal came to.
 enum Way {
@@ -20,10 +20,24 @@ enum Way {
 impl Vbd {
     /// One decision. `stale`: a newer read will follow.
     pub(super) fn decide(&mut self, world: &World, stale: bool, actions: &mut Actions) {
-        let view = match Read::of(&self.address, &self.config, world) {
+        let told = match &self.ring {
+            Ring::Up(serving) | Ring::Connecting(serving) => Some(&serving.terms),
+            Ring::Down | Ring::Disconnecting(_) => None,
+        };
+        // Whether it is an heir is known from the first read on.
+        let trusting =
+            !self.seen || self.heir || matches!(&self.ring, Ring::Up(serving) if serving.inherited);
+        let mut view = match Read::of(&self.address, &self.config, told, trusting, world) {
             Read::Gone | Read::NotOurs => return self.leave(stale, actions),
             Read::Here(view) => *view,
         };
+        if let Ok(rings) = &mut view.rings
+            && rings.len() > 1
+            && rings.first() == self.given_up.as_ref()
+        {
+            rings.reverse();
+        }
+        self.settle_medium(&mut view);
         self.observe(&view, actions);
         if view.be == INITIALISING && self.advanced {
             if !self.release(Disconnect::Abort, actions) {
@@ -35,6 +49,18 @@ impl Vbd {
             self.decide_online(&view, world, actions)
         } else {
             self.decide_offline(&view, world, actions)
+        }
+    }
+
+    /// A medium that could not be put into a drive counts as none, until another is named or the guest makes another ring.
+    fn settle_medium(&mut self, view: &mut View) {
+        let Medium::Bad(request, _) = &self.medium else { return };
+        let in_use = matches!(view.be, CONNECTED | CLOSING);
+        match &mut view.device {
+            Ok(device) if in_use && device.request == *request => {
+                device.request = OpenRequest::empty(true);
+            }
+            _ => self.medium = Medium::Settled,
         }
     }
 
@@ -55,6 +81,8 @@ impl Vbd {
             self.disarm(timer, actions);
         }
         self.setback = None;
+        self.given_up = None;
+        self.medium = Medium::Settled;
         self.advanced = false;
         self.prepared = false;
         self.heir = false;
@@ -85,6 +113,7 @@ impl Vbd {
         }
         if view.online || view.be != CLOSED {
             self.disarm(Timer::Linger, actions);
+            self.disarm(Timer::LingerForScript, actions);
         }
     }
 
@@ -112,8 +141,9 @@ impl Vbd {
     }
 
     fn remove_backend(&mut self, view: &View, world: &World, actions: &mut Actions) {
-        match self.alarm(Timer::Linger) {
-            Alarm::Off => self.arm(Timer::Linger, actions),
+        let linger = if view.has_loop_device { Timer::LingerForScript } else { Timer::Linger };
+        match self.alarm(linger) {
+            Alarm::Off => self.arm(linger, actions),
             Alarm::Armed => {}
             Alarm::Fired => {
                 if self.may_publish(view) {
@@ -174,10 +204,7 @@ impl Vbd {
         }
         let way = match &view.device {
             Err(text) => self.puzzled(text, actions),
-            Ok(device) if view.plays_script => match &device.request {
-                Some(request) => self.open(request, view, actions),
-                None => self.shut(actions),
-            },
+            Ok(device) if view.plays_script => self.open(&device.request, view, actions),
             Ok(_) => Way::Clear,
         };
         match way {
@@ -199,13 +226,10 @@ impl Vbd {
         if self.ring != Ring::Down {
             return;
         }
-        let way = match (&view.ring, &view.device) {
+        let way = match (&view.rings, &view.device) {
             (Err(misdeed), _) => Way::Refuse(misdeed.to_string(), Some(misdeed.clone())),
             (Ok(_), Err(text)) => self.puzzled(text, actions),
-            (Ok(plan), Ok(device)) => match &device.request {
-                None => Way::Refuse("there is no medium in the drive".to_owned(), None),
-                Some(request) => self.open_and_connect(request, plan, view, actions),
-            },
+            (Ok(plans), Ok(device)) => self.open_and_connect(&device.request, plans, view, actions),
         };
         if let Way::Refuse(text, misdeed) = way {
             self.refuse(&text, misdeed, view, world, actions);
@@ -214,16 +238,27 @@ impl Vbd {
 
     /// The ring is up and is the frontend's present one: make our state say so, and the sizes be true.
     fn keep_serving(&mut self, view: &View, world: &World, actions: &mut Actions) {
-        let (Ring::Up(serving), Image::Open(_, geometry)) = (&self.ring, &self.image) else {
+        let (Ring::Up(serving), Image::Open(open, geometry)) = (&self.ring, &self.image) else {
             return;
         };
+        if let Ok(device) = &view.device
+            && (view.be, device.cdrom, open.cdrom) == (CONNECTED, true, true)
+            && device.request != *open
+            && serving.announced
+        {
+            return self.change_medium(actions);
+        }
         // A 5 that is not ours asks the frontend to close; it will, or it will not.
         let said = serving.announced && matches!(view.be, CONNECTED | CLOSING);
         let resized = view.be == CONNECTED && !publish::says_size(world, *geometry);
         if !said || resized {
             return self.publish_state(CONNECTED, view, world, actions);
         }
-        if let Some(text) = &serving.broken
+        let told = match (&serving.broken, &self.medium) {
+            (Some(text), _) | (None, Medium::Bad(_, text)) => Some(text),
+            _ => None,
+        };
+        if let Some(text) = told
             && !publish::says_error(world, text)
             && self.may_publish(view)
         {
@@ -233,15 +268,21 @@ impl Vbd {
         }
     }
 
+    /// The guest's requests wait while the ring is taken down, the drive gets its other medium, and the ring is taken over as
+    /// from a predecessor. The frontend is told by the new sizes.
+    fn change_medium(&mut self, actions: &mut Actions) {
+        self.medium = Medium::Changing;
+        self.heir = true;
+        self.give_up_ring(Disconnect::HandOver, actions);
+    }
+
     /// A frontend that is told to close, or wants to, may go on using the ring that our predecessor served.
     fn take_over(&mut self, view: &View, actions: &mut Actions) {
         if !self.heir || self.ring != Ring::Down {
             return;
         }
-        if let (Ok(plan), Ok(device)) = (&view.ring, &view.device)
-            && let Some(request) = &device.request
-        {
-            self.open_and_connect(request, plan, view, actions);
+        if let (Ok(plans), Ok(device)) = (&view.rings, &view.device) {
+            self.open_and_connect(&device.request, plans, view, actions);
         }
     }
 
@@ -249,16 +290,16 @@ impl Vbd {
     fn open_and_connect(
         &mut self,
         request: &OpenRequest,
-        plan: &RingPlan,
+        plans: &[RingPlan],
         view: &View,
         actions: &mut Actions,
     ) -> Way {
-        let attempt = Attempt::Connect(plan.clone());
+        let attempt = Attempt::Connect(plans.to_vec());
         if let Some(setback) = self.hopeless(&attempt, true) {
             return Way::Refuse(setback.text.clone(), setback.misdeed.clone());
         }
         match self.open(request, view, actions) {
-            Way::Clear => self.connect(plan, view, actions),
+            Way::Clear => self.connect(plans, view, actions),
             other => other,
         }
     }
@@ -298,21 +339,23 @@ impl Vbd {
         }
     }
 
-    fn connect(&mut self, plan: &RingPlan, view: &View, actions: &mut Actions) -> Way {
-        let attempt = Attempt::Connect(plan.clone());
+    fn connect(&mut self, plans: &[RingPlan], view: &View, actions: &mut Actions) -> Way {
+        let attempt = Attempt::Connect(plans.to_vec());
         match self.again(&attempt, true, actions) {
             Way::Clear => {
                 let resume = self.heir && matches!(view.be, CONNECTED | CLOSING);
                 self.ring = Ring::Connecting(Serving {
-                    plan: plan.clone(),
-                    announced: resume && view.be == CONNECTED,
+                    rings: plans.to_vec(),
+                    which: 0,
+                    terms: view.terms,
+                    announced: resume && view.be == CONNECTED && self.medium == Medium::Settled,
                     inherited: resume,
                     seen_connected: view.fe == Front::Connected,
                     seen_closing: view.fe == Front::Closing,
                     broken: None,
                 });
-                let domain = self.address.frontend;
-                actions.push(Action::Connect(ConnectPlan { domain, ring: plan.clone(), resume }));
+                let (domain, rings, terms) = (self.address.frontend, plans.to_vec(), view.terms);
+                actions.push(Action::Connect(ConnectPlan { domain, rings, terms, resume }));
                 Way::Wait
             }
             other => other,
@@ -389,14 +432,18 @@ impl Vbd {
     }
 
     fn drop_ring(&mut self, actions: &mut Actions) {
-        self.ring = Ring::Disconnecting(Disconnect::Drain);
-        actions.push(Action::Disconnect(Disconnect::Drain));
+        self.give_up_ring(Disconnect::Drain, actions);
     }
 
     /// Not while a publication failed a moment ago, nor while a toolstack has yet to see our 2.
     fn may_publish(&self, view: &View) -> bool {
-        let settling = view.online && view.be == INIT_WAIT && self.alarm(Timer::Settle) == Alarm::Armed;
-        self.publishing.is_none() && self.alarm(Timer::Republish) == Alarm::Off && !settling
+        // A script that has done its work was started by a toolstack that has seen 2.
+        let seen = view.hotplug_connected && !view.plays_script;
+        let settling = (self.alarm(Timer::SettleForScript) == Alarm::Armed && !seen)
+            || self.alarm(Timer::Settle) == Alarm::Armed;
+        self.publishing.is_none()
+            && self.alarm(Timer::Republish) == Alarm::Off
+            && !(settling && view.online && view.be == INIT_WAIT)
     }
 
     fn publish_state(&mut self, state: u8, view: &View, world: &World, actions: &mut Actions) {
@@ -410,9 +457,13 @@ impl Vbd {
             Image::Open(_, geometry) => Some(*geometry),
             _ => None,
         };
-        let publication =
-            publish::state(state, wording, &self.config.offered, view, geometry, &self.image, world);
-        self.publishing = Some(InFlight::State { state, first: view.be == INITIALISING });
+        let publication = publish::state(state, wording, view, geometry, &self.image, world);
+        let settle = (view.be == INITIALISING).then_some(if view.has_script {
+            Timer::SettleForScript
+        } else {
+            Timer::Settle
+        });
+        self.publishing = Some(InFlight::State { state, settle });
         actions.push(Action::Publish(publication));
     }
 }
@@ -420,7 +471,7 @@ impl Vbd {
 impl Serving {
     /// Whether the frontend means another ring than this one. Nodes that make no sense mean nothing while it is in use.
     fn is_another(&self, view: &View) -> bool {
-        let rewritten = view.ring.as_ref().is_ok_and(|plan| *plan != self.plan);
+        let rewritten = view.rings.as_ref().is_ok_and(|rings| *rings != self.rings);
         rewritten || self.seen_closing || (self.seen_connected && view.fe == Front::Initialised)
     }
 }

@@ -3,8 +3,9 @@
 use std::borrow::Cow;
 
 use super::Image;
-use super::action::{Geometry, Guard, Offered, Publication};
-use super::view::{CLOSED, CONNECTED, INIT_WAIT, View};
+use super::action::{Geometry, Guard, Publication};
+use super::features::{Discard, Features};
+use super::view::{CLOSED, CONNECTED, INIT_WAIT, INITIALISING, View};
 use super::world::{Key, Side, World};
 
 /// `info` bits of the blkif protocol.
@@ -67,7 +68,6 @@ pub(super) fn note(world: &World, text: &str) -> Publication {
 pub(super) fn state(
     state: u8,
     wording: Wording,
-    offered: &Offered,
     view: &View,
     geometry: Option<Geometry>,
     image: &Image,
@@ -76,30 +76,35 @@ pub(super) fn state(
     let serving = state == INIT_WAIT || state == CONNECTED;
     let mut writes = Vec::new();
     let mut removals = Vec::new();
-    let mut remove = |name: &'static str| {
+    let remove = |name: &'static str, removals: &mut Vec<&'static str>| {
         if world.node(Side::Backend, name).is_present() {
             removals.push(name);
         }
     };
     if serving {
-        writes.push(("feature-flush-cache", u32::from(offered.flush).to_string()));
+        if state == INIT_WAIT {
+            // A new directory has none of these yet.
+            offer(&view.terms.offered, view.be == INITIALISING, &mut writes, &mut removals);
+        }
         if let Some(geometry) = geometry {
+            let discard = geometry.discard.filter(|_| view.terms.offered.discard && !read_only(image));
+            offer_discard(discard, view.be == INITIALISING, &mut writes, &mut removals);
             writes.push(("sectors", geometry.sectors.to_string()));
             writes.push(("sector-size", "512".to_owned()));
             writes.push(("physical-sector-size", geometry.physical_sector_bytes.to_string()));
             writes.push(("info", info(view, image).to_string()));
         }
-        remove("error");
+        remove("error", &mut removals);
     }
     if view.plays_script {
         if state == INIT_WAIT {
-            remove("hotplug-error");
+            remove("hotplug-error", &mut removals);
             if !view.hotplug_connected {
                 writes.push(("hotplug-status", "connected".to_owned()));
             }
         }
         if state == CLOSED && !view.online {
-            remove("hotplug-status");
+            remove("hotplug-status", &mut removals);
         }
     }
     if let Wording::Refusal(text) = wording {
@@ -114,14 +119,69 @@ pub(super) fn state(
     Publication { guards: guards(world, view.online, serving), writes, removals }
 }
 
+/// One node of an offer: what says no more than its absence is not written, as nodes are scarce in a driver domain; and
+/// removed, unless the directory is `new`.
+fn one_offer(
+    name: &'static str,
+    value: u32,
+    nothing: u32,
+    new: bool,
+    writes: &mut Vec<(&'static str, String)>,
+    removals: &mut Vec<&'static str>,
+) {
+    if value != nothing {
+        writes.push((name, value.to_string()));
+    } else if !new {
+        removals.push(name);
+    }
+}
+
+/// What Linux reads while our state is 2, and all else that does not depend on the image.
+fn offer(
+    offered: &Features,
+    new: bool,
+    writes: &mut Vec<(&'static str, String)>,
+    removals: &mut Vec<&'static str>,
+) {
+    let mut one = |name, value, nothing| one_offer(name, value, nothing, new, writes, removals);
+    one("max-ring-page-order", offered.ring_page_order_max.into(), 0);
+    // FreeBSD's and the older spelling.
+    one("max-ring-pages", 1 << offered.ring_page_order_max, 1);
+    one("multi-queue-max-queues", offered.queues_max.into(), 1);
+    one("feature-max-indirect-segments", offered.indirect_segments_max.into(), 0);
+    one("feature-persistent", offered.persistent.into(), 0);
+    one("feature-flush-cache", offered.flush.into(), 0);
+    one("feature-barrier", offered.barrier.into(), 0);
+}
+
+/// Linux before 5.11 takes granularity and alignment only if both are there. Secure discard is never offered.
+fn offer_discard(
+    discard: Option<Discard>,
+    new: bool,
+    writes: &mut Vec<(&'static str, String)>,
+    removals: &mut Vec<&'static str>,
+) {
+    const NAMES: [&str; 3] = ["feature-discard", "discard-granularity", "discard-alignment"];
+    match discard {
+        Some(Discard { granularity_bytes, alignment_bytes }) => {
+            let values = [1, granularity_bytes, alignment_bytes].map(|value| value.to_string());
+            writes.extend(NAMES.into_iter().zip(values));
+        }
+        None if new => {}
+        None => removals.extend(NAMES),
+    }
+}
+
+fn read_only(image: &Image) -> bool {
+    matches!(image, Image::Open(request, _) if request.read_only)
+}
+
 fn info(view: &View, image: &Image) -> u32 {
     let mut bits = 0;
     if let Ok(device) = &view.device {
         bits |= if device.cdrom { INFO_CDROM } else { 0 };
         bits |= if device.removable { INFO_REMOVABLE } else { 0 };
     }
-    if let Image::Open(request, _) = image {
-        bits |= if request.read_only { INFO_READ_ONLY } else { 0 };
-    }
+    bits |= if read_only(image) { INFO_READ_ONLY } else { 0 };
     bits
 }

@@ -1,10 +1,14 @@
 //! What a [`World`] means. All of the frontend's nodes are hostile; the backend's are the toolstack's, which errs.
 
+use std::borrow::Cow;
+
 use rings::Abi;
 
 use super::action::{Config, Misdeed, OpenRequest, QueuePlan, RingPlan, Script, bounded};
 use super::address::Address;
+use super::features::Terms;
 use super::world::{Node, Side, World};
+use crate::limits::{QUEUES_MAX, RING_PAGE_ORDER_MAX, RING_PAGES_MAX};
 use crate::params::{self, ParamsError};
 
 /// xenbus states. Anything else is [`UNKNOWN`].
@@ -37,8 +41,7 @@ pub(super) enum Front {
 /// What the toolstack wants served.
 #[derive(Clone, Debug)]
 pub(super) struct Device {
-    /// Nothing for an empty drive.
-    pub(super) request: Option<OpenRequest>,
+    pub(super) request: OpenRequest,
     pub(super) cdrom: bool,
     pub(super) removable: bool,
 }
@@ -50,8 +53,13 @@ pub(super) struct View {
     pub(super) online: bool,
     pub(super) fe: Front,
     pub(super) device: Result<Device, String>,
-    /// What a ring would be, were one announced.
-    pub(super) ring: Result<RingPlan, Misdeed>,
+    /// What a ring would be, were one announced: see [`ConnectPlan::rings`](super::ConnectPlan).
+    pub(super) rings: Result<Vec<RingPlan>, Misdeed>,
+    /// What the disk is to be served with.
+    pub(super) terms: Terms,
+    pub(super) has_script: bool,
+    /// A hotplug script has made a loop device for this disk.
+    pub(super) has_loop_device: bool,
     pub(super) plays_script: bool,
     /// The toolstack's script may still be at work.
     pub(super) script_pending: bool,
@@ -69,7 +77,15 @@ pub(super) enum Read {
 }
 
 impl Read {
-    pub(super) fn of(address: &Address, config: &Config, world: &World) -> Read {
+    /// `told` is what the frontend was told, where it has a ring by now: what the options say today counts from the next ring on. With
+    /// `trusting` it may use whatever could ever be offered, as a predecessor may have offered more.
+    pub(super) fn of(
+        address: &Address,
+        config: &Config,
+        told: Option<&Terms>,
+        trusting: bool,
+        world: &World,
+    ) -> Read {
         let backend = |name| world.node(Side::Backend, name);
         if !backend("state").is_present() {
             return Read::Gone;
@@ -84,12 +100,21 @@ impl Read {
             Script::AsTheNodeSays => !has_script,
         };
         let hotplug_connected = backend("hotplug-status").text() == Some("connected");
+        let options = Terms::of(config.terms, world);
+        let terms = told.copied().unwrap_or(*options.as_ref().unwrap_or(&config.terms));
+        let device = match (device(address, world), options) {
+            (Ok(_), Err(text)) if told.is_none() => Err(bounded(&text)),
+            (device, _) => device,
+        };
         Read::Here(Box::new(View {
             be: state(backend("state")),
             online: backend("online").text() != Some("0"),
             fe: front(world.node(Side::Frontend, "state")),
-            device: device(address, world),
-            ring: ring(config, world),
+            device,
+            rings: rings(&terms, trusting, world),
+            terms,
+            has_script,
+            has_loop_device: backend("node").is_present(),
             plays_script,
             script_pending: !plays_script && has_script && !hotplug_connected,
             hotplug_connected,
@@ -139,9 +164,13 @@ fn device(address: &Address, world: &World) -> Result<Device, String> {
     let Some(params) = text("params") else {
         return Err("the node params is missing or is not text: write raw:PATH".to_owned());
     };
-    let image = match params::parse(text("type").unwrap_or(""), params) {
+    // libxl and xenopsd change a medium by writing a bare path, whatever the type: CDs have no format but raw.
+    let kind = if cdrom && params.starts_with('/') { "file" } else { text("type").unwrap_or("") };
+    let image = match params::parse(kind, params) {
         Ok(image) => image,
-        Err(ParamsError::Empty) if drive => return Ok(Device { request: None, cdrom, removable }),
+        Err(ParamsError::Empty) if drive => {
+            return Ok(Device { request: OpenRequest::empty(cdrom), cdrom, removable });
+        }
         Err(error) => return Err(bounded(&error.to_string())),
     };
     let mode = text("mode").unwrap_or("");
@@ -150,60 +179,147 @@ fn device(address: &Address, world: &World) -> Result<Device, String> {
         "r" | "ro" => true,
         _ => return Err("the node mode is neither r, w nor w!: write one of them".to_owned()),
     };
-    let request = OpenRequest { image, read_only, forced: mode.contains('!') };
-    Ok(Device { request: Some(request), cdrom, removable })
+    let request = OpenRequest { image, read_only: read_only || cdrom, forced: mode.contains('!'), cdrom };
+    Ok(Device { request, cdrom, removable })
 }
 
-/// Reads the frontend's description of its ring: one queue of one page.
-///
-/// What another frontend of the same guest left behind can contradict it: more pages or queues than were ever offered
-/// next to a plain `ring-ref` are such a leftover.
-fn ring(config: &Config, world: &World) -> Result<RingPlan, Misdeed> {
-    let front = |name| world.node(Side::Frontend, name);
-    let abi = match front("protocol") {
-        Node::Missing => config.default_abi,
-        Node::Denied => return Err(Misdeed::Unreadable("protocol")),
-        node => node.text().and_then(Abi::from_protocol).ok_or(Misdeed::UnknownProtocol)?,
-    };
-    let plain = front("ring-ref").is_present();
-    let queues = number(world, "multi-queue-num-queues")?.unwrap_or(1);
-    if queues == 0 || (queues > 1 && !plain) {
-        return Err(Misdeed::Queues(queues));
+/// How a frontend has declared its ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Scheme {
+    /// `multi-queue-num-queues`; 1 without it.
+    queues: u32,
+    /// Pages of each queue; 1 if it says nothing.
+    pages: u32,
+    /// It has said how many pages: then even a single one may be called `ring-ref0`.
+    counted: bool,
+}
+
+impl Scheme {
+    /// As declared, whatever the numbers.
+    fn declared(world: &World) -> Result<Scheme, Misdeed> {
+        let queues = number(world, "multi-queue-num-queues")?.unwrap_or(1);
+        let counted = match number(world, "ring-page-order")? {
+            Some(order) => Some(1u32.checked_shl(order).unwrap_or(u32::MAX)),
+            None => number(world, "num-ring-pages")?,
+        };
+        Ok(Scheme { queues, pages: counted.unwrap_or(1), counted: counted.is_some() })
     }
-    let order = number(world, "ring-page-order")?;
-    let declared = match order {
-        Some(order) => Some(1u32.checked_shl(order).unwrap_or(u32::MAX)),
-        None => number(world, "num-ring-pages")?,
-    };
-    let pages = declared.unwrap_or(1);
-    if pages == 0 || (pages > 1 && !plain) {
-        return Err(Misdeed::RingPages(pages));
+
+    /// Whether it can be meant at all.
+    fn check(self, queues_max: u8, order_max: u8) -> Result<(), Misdeed> {
+        if self.queues == 0 || self.queues > u32::from(queues_max) {
+            return Err(Misdeed::Queues(self.queues));
+        }
+        if !self.pages.is_power_of_two() || self.pages > 1 << order_max {
+            return Err(Misdeed::RingPages(self.pages));
+        }
+        Ok(())
     }
-    let names = if declared == Some(1) { ["ring-ref0", "ring-ref"] } else { ["ring-ref", "ring-ref0"] };
-    let mut grant = None;
-    for name in names {
-        if grant.is_none() {
-            grant = number(world, name)?;
+
+    /// Where a queue's nodes are: one queue alone has them at the top level.
+    fn place(self, queue: u32) -> String {
+        if self.queues == 1 { String::new() } else { format!("queue-{queue}/") }
+    }
+
+    /// The names of a queue's references, each with its other spelling if it has one.
+    fn references(self, queue: u32) -> Vec<(String, Option<String>)> {
+        let place = self.place(queue);
+        if self.pages > 1 {
+            return (0..self.pages).map(|page| (format!("{place}ring-ref{page}"), None)).collect();
+        }
+        let (plain, numbered) = (format!("{place}ring-ref"), format!("{place}ring-ref0"));
+        vec![if self.counted { (numbered, Some(plain)) } else { (plain, Some(numbered)) }]
+    }
+
+    fn queue(self, queue: u32, world: &World) -> Result<QueuePlan, Misdeed> {
+        let mut ring_refs = Vec::with_capacity(RING_PAGES_MAX);
+        for (name, other) in self.references(queue) {
+            let mut grant = number(world, &name)?;
+            if let (None, Some(other)) = (grant, &other) {
+                grant = number(world, other)?;
+            }
+            let shown = if self.pages > 1 { name } else { format!("{}ring-ref", self.place(queue)) };
+            ring_refs.push(grant.ok_or(Misdeed::Missing(Cow::Owned(shown)))?);
+        }
+        let name = format!("{}event-channel", self.place(queue));
+        match number(world, &name)? {
+            None => Err(Misdeed::Missing(Cow::Owned(name))),
+            Some(0) => Err(Misdeed::BadNumber(Cow::Owned(name))),
+            Some(event_channel) => Ok(QueuePlan { ring_refs, event_channel }),
         }
     }
-    let grant = grant.ok_or(Misdeed::Missing("ring-ref"))?;
-    let event_channel = number(world, "event-channel")?.ok_or(Misdeed::Missing("event-channel"))?;
-    if event_channel == 0 {
-        return Err(Misdeed::BadNumber("event-channel"));
+
+    fn queues(self, world: &World) -> Result<Vec<QueuePlan>, Misdeed> {
+        (0..self.queues).map(|queue| self.queue(queue, world)).collect()
     }
-    Ok(RingPlan { abi, queues: vec![QueuePlan { ring_refs: vec![grant], event_channel }] })
+}
+
+const PLAIN: Scheme = Scheme { queues: 1, pages: 1, counted: false };
+
+/// The names of the nodes that a declared scheme needs beyond those that are always read.
+pub(super) fn further_names(world: &World) -> Vec<String> {
+    let Ok(scheme) = Scheme::declared(world) else { return Vec::new() };
+    if scheme.check(QUEUES_MAX, RING_PAGE_ORDER_MAX).is_err() || (scheme.queues, scheme.pages) == (1, 1) {
+        return Vec::new();
+    }
+    let mut names = Vec::new();
+    for queue in 0..scheme.queues {
+        for (name, other) in scheme.references(queue) {
+            names.push(name);
+            names.extend(other);
+        }
+        names.push(format!("{}event-channel", scheme.place(queue)));
+    }
+    names
+}
+
+/// Reads the frontend's description of its ring.
+///
+/// What an earlier frontend of the same guest left behind can contradict it: Linux writes no number of queues or pages
+/// where it uses one, and does not remove the one that it finds. So where a scheme of several is declared and a plain
+/// ring stands beside it, either may be meant: the declared scheme first.
+fn rings(terms: &Terms, trusting: bool, world: &World) -> Result<Vec<RingPlan>, Misdeed> {
+    let abi = match world.node(Side::Frontend, "protocol") {
+        Node::Missing => terms.default_abi,
+        Node::Denied => return Err(Misdeed::Unreadable(Cow::Borrowed("protocol"))),
+        node => node.text().and_then(Abi::from_protocol).ok_or(Misdeed::UnknownProtocol)?,
+    };
+    let said = world.node(Side::Frontend, "feature-persistent").text();
+    let persistent = terms.offered.persistent && said == Some("1");
+    let scheme = Scheme::declared(world)?;
+    if scheme.queues == 0 {
+        return Err(Misdeed::Queues(0));
+    }
+    if scheme.pages == 0 {
+        return Err(Misdeed::RingPages(0));
+    }
+    let (queues_max, order_max) = if trusting {
+        (QUEUES_MAX, RING_PAGE_ORDER_MAX)
+    } else {
+        (terms.offered.queues_max, terms.offered.ring_page_order_max)
+    };
+    let declared = scheme.check(queues_max, order_max).and_then(|()| scheme.queues(world));
+    let several = (scheme.queues, scheme.pages) != (1, 1);
+    let beside = several && world.node(Side::Frontend, "ring-ref").is_present();
+    let plain = if beside { PLAIN.queues(world).ok() } else { None };
+    let plan = |queues| RingPlan { abi, queues, persistent };
+    match (declared, plain) {
+        (Ok(declared), plain) => Ok(std::iter::once(declared).chain(plain).map(plan).collect()),
+        (Err(_), Some(plain)) => Ok(vec![plan(plain)]),
+        (Err(misdeed), None) => Err(misdeed),
+    }
 }
 
 /// A frontend's number: decimal digits alone, within 32 bits.
-fn number(world: &World, name: &'static str) -> Result<Option<u32>, Misdeed> {
+fn number(world: &World, name: &str) -> Result<Option<u32>, Misdeed> {
     let node = world.node(Side::Frontend, name);
     match node {
         Node::Missing => Ok(None),
-        Node::Denied => Err(Misdeed::Unreadable(name)),
+        Node::Denied => Err(Misdeed::Unreadable(Cow::Owned(name.to_owned()))),
         Node::Present(bytes) => {
             let digits = !bytes.is_empty() && bytes.len() <= 10 && bytes.iter().all(u8::is_ascii_digit);
             let value = if digits { node.text().and_then(|text| text.parse().ok()) } else { None };
-            value.map(Some).ok_or(Misdeed::BadNumber(name))
+            value.map(Some).ok_or_else(|| Misdeed::BadNumber(Cow::Owned(name.to_owned())))
         }
     }
 }

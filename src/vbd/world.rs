@@ -9,6 +9,10 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
+use super::features::OPTIONS_NODE;
+use super::view;
+use crate::limits::{QUEUES_MAX, RING_PAGES_MAX};
+
 /// Which of the two directories.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Side {
@@ -89,7 +93,7 @@ impl World {
 }
 
 /// Backend nodes that are read, `state` apart.
-const BACKEND: [&str; 16] = [
+const BACKEND: [&str; 19] = [
     "online",
     "frontend",
     "frontend-id",
@@ -106,10 +110,13 @@ const BACKEND: [&str; 16] = [
     "sectors",
     "sector-size",
     "info",
+    "discard-enable",
+    "node",
+    OPTIONS_NODE,
 ];
 
 /// Frontend nodes that are read, `state` apart.
-const FRONTEND: [&str; 7] = [
+const FRONTEND: [&str; 8] = [
     "ring-ref",
     "ring-ref0",
     "ring-page-order",
@@ -117,9 +124,10 @@ const FRONTEND: [&str; 7] = [
     "multi-queue-num-queues",
     "event-channel",
     "protocol",
+    "feature-persistent",
 ];
 
-/// The nodes to read, in the order to read them. One queue of one page; more queues and pages append their keys here.
+/// The nodes to read, in the order to read them.
 pub fn keys() -> impl Iterator<Item = Key> {
     let states = [(Side::Frontend, "state"), (Side::Backend, "state")];
     let backend = BACKEND.iter().map(|name| (Side::Backend, *name));
@@ -130,3 +138,18 @@ pub fn keys() -> impl Iterator<Item = Key> {
         .chain(frontend)
         .map(|(side, name)| Key { side, name: Cow::Borrowed(name) })
 }
+
+/// The nodes of further queues and ring pages that the frontend has announced by what was read so far: to be read after
+/// [`keys`], before anything is decided. Most frontends have none. At most [`FURTHER_KEYS_MAX`].
+#[must_use]
+pub fn further_keys(world: &World) -> Vec<Key> {
+    let announced = matches!(world.node(Side::Frontend, "state").text(), Some("3" | "4" | "5"));
+    if !announced {
+        return Vec::new();
+    }
+    let names = view::further_names(world);
+    names.into_iter().map(|name| Key { side: Side::Frontend, name: Cow::Owned(name) }).collect()
+}
+
+/// The most [`further_keys`] that there are: 17 nodes for each of 8 queues.
+pub const FURTHER_KEYS_MAX: usize = QUEUES_MAX as usize * (RING_PAGES_MAX + 1);

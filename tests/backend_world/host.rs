@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use ::xenstore::{Access, Config as StoreConfig, Permission};
 use vbdd::backend::{Backend, Options};
+use vbdd::pump::RingPlan;
 use vbdd::storage::Storage as _;
 use vbdd::vbd::{Config, Kind, Place};
 use vbdd::xenbus::Session;
@@ -100,6 +101,11 @@ impl Host {
             self.store.disconnect(id);
         }
         self.session.disconnected();
+        self.again = true;
+    }
+
+    /// The backend was asked for something beside its turns.
+    pub fn wake(&mut self) {
         self.again = true;
     }
 
@@ -213,22 +219,17 @@ impl Host {
         self.store.write_all(0, &all).unwrap();
     }
 
-    /// The guest makes a ring and announces it.
+    /// The guest makes a ring and announces it, in the words of Linux.
     pub fn announce(&mut self, habits: Habits, state: &str) {
         let guest = habits.domain;
         let actor = SaneGuest::new(&self.shared, habits);
-        let plan = actor.rings().remove(0);
+        let rings = actor.rings();
         self.shared.guests.borrow_mut().push(Box::new(actor));
-        let (grant, port) = (plan.grants[0].to_string(), plan.remote_port.to_string());
-        self.set_fe(
-            guest,
-            &[
-                ("ring-ref", &grant),
-                ("event-channel", &port),
-                ("protocol", plan.abi.protocol()),
-                ("state", state),
-            ],
-        );
+        let nodes = ring_nodes(&rings);
+        let mut nodes: Vec<(&str, &str)> =
+            nodes.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+        nodes.push(("state", state));
+        self.set_fe(guest, &nodes);
     }
 
     /// The whole first connect, as Linux does it.
@@ -404,6 +405,27 @@ impl Host {
         }
         true
     }
+}
+
+/// What Linux writes about its rings.
+pub fn ring_nodes(rings: &[RingPlan]) -> Vec<(String, String)> {
+    let mut nodes = vec![("protocol".to_owned(), rings[0].abi.protocol().to_owned())];
+    if rings.len() > 1 {
+        nodes.push(("multi-queue-num-queues".to_owned(), rings.len().to_string()));
+    }
+    let pages = rings[0].grants.len();
+    if pages > 1 {
+        nodes.push(("ring-page-order".to_owned(), pages.ilog2().to_string()));
+    }
+    for (queue, ring) in rings.iter().enumerate() {
+        let place = if rings.len() > 1 { format!("queue-{queue}/") } else { String::new() };
+        nodes.push((format!("{place}event-channel"), ring.remote_port.to_string()));
+        for (page, grant) in ring.grants.iter().enumerate() {
+            let number = if pages > 1 { page.to_string() } else { String::new() };
+            nodes.push((format!("{place}ring-ref{number}"), grant.to_string()));
+        }
+    }
+    nodes
 }
 
 impl Drop for Host {

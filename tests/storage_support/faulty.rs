@@ -21,6 +21,8 @@ pub struct Plan {
     pub next: Vec<(Action, i32)>,
     /// Per cent of chances to answer that are let pass, so that answers come in another order.
     pub late: u64,
+    /// Reads and writes of this byte fail (EIO).
+    pub bad: Option<u64>,
     /// Submits that fail before one works.
     pub stalls: u32,
     /// Transfers in flight at most (0: no bound).
@@ -61,15 +63,25 @@ impl Faulty {
     }
 
     /// What to answer instead of doing it.
-    fn verdict(&mut self, transfer: &Transfer) -> Option<i32> {
+    fn verdict(&mut self, transfer: &Transfer, parts: &[libc::iovec]) -> Option<i32> {
         let mut plan = self.plan.borrow_mut();
         if let Some(place) = plan.next.iter().position(|(action, _)| *action == transfer.action) {
             return Some(-plan.next.remove(place).1);
         }
         let moves = transfer.action != Action::Sync;
+        let range = transfer.offset_bytes..transfer.offset_bytes + u64::from(transfer.length_bytes);
+        if moves && plan.bad.is_some_and(|bad| range.contains(&bad)) {
+            return Some(-libc::EIO);
+        }
         if moves && plan.block > 0 {
             let off = transfer.offset_bytes | u64::from(transfer.length_bytes);
-            if !off.is_multiple_of(plan.block) || !(transfer.address as usize).is_multiple_of(plan.memory) {
+            let whole = libc::iovec { iov_base: transfer.address.cast(), iov_len: 0 };
+            let parts = if parts.is_empty() { &[whole] } else { parts };
+            let odd = |part: &libc::iovec| {
+                !(part.iov_base as usize).is_multiple_of(plan.memory)
+                    || !(part.iov_len as u64).is_multiple_of(plan.block)
+            };
+            if !off.is_multiple_of(plan.block) || parts.iter().any(odd) {
                 plan.misaligned += 1;
                 return Some(-libc::EINVAL);
             }
@@ -100,7 +112,7 @@ impl Engine for Faulty {
             return false;
         }
         let mut transfer = *transfer;
-        if let Some(result) = self.verdict(&transfer) {
+        if let Some(result) = self.verdict(&transfer, &[]) {
             self.held.push(Landed { tag: transfer.tag, result });
         } else {
             let unit = u32::try_from(self.plan.borrow().block.max(512)).unwrap();
@@ -111,6 +123,32 @@ impl Engine for Faulty {
                 self.plan.borrow_mut().shortened += 1;
             }
             if !self.inner.push(&transfer) {
+                return false;
+            }
+        }
+        self.in_flight += 1;
+        let mut plan = self.plan.borrow_mut();
+        plan.pushed += 1;
+        plan.in_flight_max = plan.in_flight_max.max(self.in_flight);
+        true
+    }
+
+    fn push_vectored(&mut self, transfer: &Transfer, parts: usize) -> bool {
+        let room = self.plan.borrow().room;
+        if room > 0 && self.in_flight >= room {
+            return false;
+        }
+        // SAFETY: the transfer's address is that of so many pieces, as `push_vectored` asks for.
+        let pieces = unsafe { std::slice::from_raw_parts(transfer.address.cast::<libc::iovec>(), parts) };
+        if let Some(result) = self.verdict(transfer, pieces) {
+            self.held.push(Landed { tag: transfer.tag, result });
+        } else {
+            let mut parts = parts;
+            if self.dice.below(100) < self.plan.borrow().short {
+                parts = 1 + usize::try_from(self.dice.below(parts as u64 - 1)).unwrap();
+                self.plan.borrow_mut().shortened += 1;
+            }
+            if !self.inner.push_vectored(transfer, parts) {
                 return false;
             }
         }

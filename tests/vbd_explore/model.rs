@@ -12,7 +12,9 @@ use vbdd::vbd::{
 
 use crate::faults::{Fault, plant};
 use crate::rules::rule;
-use crate::store::{Frontend, HOTPLUG_CONNECTED, NEW_BACKEND, Numbered, RingNodes, Store, Texts};
+use crate::store::{
+    Backend, Frontend, HOTPLUG_CONNECTED, Medium, NEW_BACKEND, Numbered, RingNodes, SIZES, Store, Texts,
+};
 
 const GUEST: DomainId = 7;
 
@@ -20,8 +22,8 @@ const GUEST: DomainId = 7;
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub(crate) enum Image {
     Closed,
-    Opening,
-    Open,
+    Opening(Medium),
+    Open(Medium),
     Closing,
 }
 
@@ -47,6 +49,8 @@ pub(crate) struct State {
     pub(crate) states: Option<Store>,
     pub(crate) image: Image,
     pub(crate) ring: Ring,
+    /// The image is longer than at first.
+    pub(crate) grown: bool,
     pub(crate) publication: u32,
     pub(crate) timers: u8,
     pub(crate) stopping: bool,
@@ -70,6 +74,7 @@ pub(crate) enum Label {
     OpenFails,
     ImageClosed,
     Connected,
+    ConnectedSecond,
     ConnectBad,
     ConnectFails,
     Disconnected,
@@ -84,6 +89,8 @@ pub(crate) enum Label {
     RemoveFrontend,
     RemoveBoth,
     ScriptDone,
+    Params(Medium),
+    Grows,
     FrontendState(u8),
     FrontendRing(RingNodes),
 }
@@ -99,6 +106,10 @@ pub(crate) struct Freedom {
     pub(crate) restarts: bool,
     /// What of the host fails: opens, connects, publications.
     pub(crate) failures: bool,
+    /// The media that the toolstack puts into the drive, if it is one.
+    pub(crate) media: &'static [Medium],
+    /// The image grows.
+    pub(crate) grows: bool,
     /// The states that the frontend writes.
     pub(crate) frontend_states: &'static [u8],
     /// The rings that it describes.
@@ -113,9 +124,12 @@ pub(crate) enum Happening {
     Published,
     Superseded,
     PublishFailed,
-    Opened(bool),
+    /// With which size.
+    Opened(Option<u8>),
+    Resized(u8),
     ImageClosed,
-    Connected,
+    /// Which way to read the nodes held.
+    Connected(usize),
     ConnectBad,
     ConnectFailed,
     Disconnected,
@@ -162,7 +176,7 @@ impl Model {
         Model {
             config,
             freedom,
-            texts: Texts::new(),
+            texts: Texts::new(!freedom.media.is_empty()),
             fault,
             vbds: Numbered::new(),
             writings: Numbered::new(),
@@ -179,6 +193,7 @@ impl Model {
             states: None,
             image: Image::Closed,
             ring: Ring::Down,
+            grown: false,
             publication: 0,
             timers: 0,
             stopping: false,
@@ -201,6 +216,7 @@ impl Model {
         self.answers(state, true, out);
         self.toolstack(state, out);
         self.frontend(state, out);
+        self.images(state, out);
         if self.freedom.restarts && state.vbd != 0 {
             if !state.stopping {
                 out.push((Label::Stop, self.deliver(State { stopping: true, ..*state }, Happening::Stop)));
@@ -229,6 +245,7 @@ impl Model {
                     | Label::RingBreaks
                     | Label::OpenOk
                     | Label::Connected
+                    | Label::ConnectedSecond
                     | Label::ConnectFails
                     | Label::Fire(Timer::Retry | Timer::Republish)
             )
@@ -297,19 +314,21 @@ impl Model {
             return;
         }
         match s.image {
-            Image::Opening => {
-                let open = State { image: Image::Open, ..s };
-                out.push((Label::OpenOk, self.deliver(open, Happening::Opened(true))));
-                if bad {
+            Image::Opening(medium) => {
+                let open = State { image: Image::Open(medium), ..s };
+                let size = medium.size(s.grown);
+                out.push((Label::OpenOk, self.deliver(open, Happening::Opened(Some(size)))));
+                // There is nothing to open in an empty drive.
+                if bad && medium != Medium::Empty {
                     let closed = State { image: Image::Closed, ..s };
-                    out.push((Label::OpenFails, self.deliver(closed, Happening::Opened(false))));
+                    out.push((Label::OpenFails, self.deliver(closed, Happening::Opened(None))));
                 }
             }
             Image::Closing => {
                 let closed = State { image: Image::Closed, ..s };
                 out.push((Label::ImageClosed, self.deliver(closed, Happening::ImageClosed)));
             }
-            Image::Open | Image::Closed => {}
+            Image::Open(_) | Image::Closed => {}
         }
         if enough(out) {
             return;
@@ -317,7 +336,10 @@ impl Model {
         match s.ring {
             Ring::Connecting(nodes) => {
                 let up = State { ring: Ring::Up(nodes), ..s };
-                out.push((Label::Connected, self.deliver(up, Happening::Connected)));
+                out.push((Label::Connected, self.deliver(up, Happening::Connected(0))));
+                if all && nodes == RingNodes::TwoAndA {
+                    out.push((Label::ConnectedSecond, self.deliver(up, Happening::Connected(1))));
+                }
                 if bad {
                     let down = State { ring: Ring::Down, ..s };
                     out.push((Label::ConnectBad, self.deliver(down, Happening::ConnectBad)));
@@ -382,6 +404,27 @@ impl Model {
         }
     }
 
+    /// The image grows, and the toolstack changes the medium.
+    fn images(&mut self, state: &State, out: &mut Vec<(Label, Outcome)>) {
+        let s = *state;
+        if self.freedom.grows && !s.grown {
+            let grown = State { grown: true, ..s };
+            let told = match s.image {
+                Image::Open(medium) => self.deliver(grown, Happening::Resized(medium.size(true))),
+                _ => Ok(grown),
+            };
+            out.push((Label::Grows, told));
+        }
+        let Some(backend) = s.store.backend else { return };
+        for medium in self.freedom.media {
+            if *medium != backend.medium {
+                let backend = Some(Backend { medium: *medium, ..backend });
+                let store = Store { backend, ..s.store };
+                out.push((Label::Params(*medium), Ok(State { store, changed: true, ..s })));
+            }
+        }
+    }
+
     fn frontend(&mut self, state: &State, out: &mut Vec<(Label, Outcome)>) {
         let s = *state;
         let now = s.store.frontend.unwrap_or(Frontend { state: 0, ring: RingNodes::None });
@@ -434,7 +477,7 @@ impl Model {
             s.spoke |= !states.unwrap_or(store).frontend.is_some_and(|it| (3..=5).contains(&it.state));
         }
         let key = (s.vbd, happening);
-        s.spoke |= happening == Happening::Connected;
+        s.spoke |= matches!(happening, Happening::Connected(_));
         let (after, acts) = match self.memo.get(&key) {
             Some((after, acts)) => (*after, acts.clone()),
             None => {
@@ -480,12 +523,11 @@ impl Model {
             Happening::Published => Event::Published,
             Happening::Superseded => Event::Superseded,
             Happening::PublishFailed => Event::PublishFailed("quota".to_owned()),
-            Happening::Opened(true) => {
-                Event::Opened(Ok(Geometry { sectors: 2048, physical_sector_bytes: 512 }))
-            }
-            Happening::Opened(false) => Event::Opened(Err("no such file".to_owned())),
+            Happening::Opened(Some(size)) => Event::Opened(Ok(geometry(size))),
+            Happening::Resized(size) => Event::Resized(geometry(size)),
+            Happening::Opened(None) => Event::Opened(Err("no such file".to_owned())),
             Happening::ImageClosed => Event::ImageClosed,
-            Happening::Connected => Event::Connected,
+            Happening::Connected(which) => Event::Connected(which),
             Happening::ConnectBad => Event::ConnectFailed(ConnectError::Misbehaved(Misdeed::BadGrant(8))),
             Happening::ConnectFailed => Event::ConnectFailed(ConnectError::Failed("no memory".to_owned())),
             Happening::Disconnected => Event::Disconnected,
@@ -495,4 +537,9 @@ impl Model {
         };
         vbd.step(event, actions);
     }
+}
+
+fn geometry(size: u8) -> Geometry {
+    let sectors = SIZES[usize::from(size)].parse().unwrap();
+    Geometry { sectors, physical_sector_bytes: 512, discard: None }
 }

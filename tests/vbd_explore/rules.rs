@@ -3,7 +3,7 @@
 use vbdd::vbd::{Action, ConnectPlan, Disconnect, Place, Publication, Script, Side};
 
 use crate::model::{Act, Happening, Image, Model, Outcome, Ring, State, Writing};
-use crate::store::{HOTPLUG_CONNECTED, RingNodes};
+use crate::store::{HOTPLUG_CONNECTED, Medium, RingNodes};
 
 pub(crate) fn rule(holds: bool, text: &str) -> Result<(), String> {
     if holds { Ok(()) } else { Err(text.to_owned()) }
@@ -37,15 +37,15 @@ impl Model {
                 rule(before.online, "2 is published offline")?;
                 rule(s.ring == Ring::Down, "2 is published with a ring")?;
                 let ours = self.config.script == Script::Ours;
-                rule(!ours || s.image == Image::Open, "2 is published without an image")?;
+                rule(!ours || matches!(s.image, Image::Open(_)), "2 is published without an image")?;
                 rule(!ours || after.hotplug == HOTPLUG_CONNECTED, "2 without hotplug-status")
             }
             4 => {
                 rule(before.online, "4 is published offline")?;
                 rule(before.state != 1, "2 is skipped")?;
-                rule(s.image == Image::Open, "4 is published without an image")?;
+                rule(matches!(s.image, Image::Open(_)), "4 is published without an image")?;
                 rule(matches!(s.ring, Ring::Up(_) | Ring::Broken(_)), "4 is published without a ring")?;
-                rule(after.sized, "4 is published without sizes")
+                rule(after.sized > 0, "4 is published without sizes")
             }
             5 => {
                 rule(!before.online || front == 5, "5 is published to a frontend that does not close")?;
@@ -83,19 +83,21 @@ impl Model {
                     rule(s.publication == 0, "a read and a publication are in flight together")?;
                     s.reading = true;
                 }
-                Action::Open(_) => {
+                Action::Open(request) => {
                     rule(s.image == Image::Closed, "an image is opened over another")?;
                     rule(!s.stopping, "an image is opened after Stop")?;
-                    s.image = Image::Opening;
+                    let media = [Medium::A, Medium::B, Medium::Empty];
+                    let named = media.into_iter().find(|medium| medium.path() == request.image.path);
+                    s.image = Image::Opening(named.ok_or("an image is opened that nobody named")?);
                 }
                 Action::CloseImage => {
-                    rule(s.image == Image::Open, "an image is closed that is not open")?;
+                    rule(matches!(s.image, Image::Open(_)), "an image is closed that is not open")?;
                     rule(s.ring == Ring::Down, "an image is closed under a ring")?;
                     s.image = Image::Closing;
                 }
                 Action::Connect(plan) => {
                     rule(s.ring == Ring::Down, "a ring is connected over another")?;
-                    rule(s.image == Image::Open, "a ring is connected without an image")?;
+                    rule(matches!(s.image, Image::Open(_)), "a ring is connected without an image")?;
                     rule(!s.stopping, "a ring is connected after Stop")?;
                     let Happening::World(store, states) = happening else {
                         return Err("a ring is connected without a read".to_owned());
@@ -112,8 +114,13 @@ impl Model {
                         && matches!(s.ring, Ring::Disconnecting(h) if h != Disconnect::Abort);
                     let up = matches!(s.ring, Ring::Up(_) | Ring::Broken(_));
                     rule(up || escalates, "a ring is disconnected that is not there")?;
+                    // A ring is handed over to the next process, or to ourselves with another medium.
+                    let another = s.image != Image::Open(s.store.backend.map_or(Medium::A, |it| it.medium));
+                    let changes = !self.freedom.media.is_empty()
+                        && (another || matches!(happening, Happening::World(..)));
+                    let handed_over = *how == Disconnect::HandOver;
                     rule(
-                        (*how == Disconnect::HandOver) == s.stopping || escalates,
+                        handed_over == s.stopping || escalates || (handed_over && changes),
                         "a ring is left or drained wrongly",
                     )?;
                     s.ring = Ring::Disconnecting(*how);
@@ -147,5 +154,12 @@ impl Model {
 }
 
 fn nodes_of(plan: &ConnectPlan) -> RingNodes {
-    if plan.ring.queues[0].ring_refs == [8] { RingNodes::A } else { RingNodes::B }
+    let first = |at: usize| plan.rings[at].queues[0].ring_refs[0];
+    match (plan.rings.len(), first(0)) {
+        (1, 8) => RingNodes::A,
+        (1, 10) => RingNodes::B,
+        (1, 20) if plan.rings[0].queues.len() == 2 => RingNodes::Two,
+        (2, 8 | 20) => RingNodes::TwoAndA,
+        _ => panic!("a ring that nobody described: {plan:?}"),
+    }
 }

@@ -3,17 +3,49 @@
 use std::borrow::Cow;
 use std::collections::HashMap;
 
-use vbdd::vbd::{Guard, Key, Node, Publication, Side, World, keys};
+use vbdd::vbd::{Guard, Key, Node, Publication, Side, World, further_keys, keys};
 
 /// The backend directory. `error` and `hotplug` are 0 for a missing node, else an index of a text.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub(crate) struct Backend {
     pub(crate) state: u8,
     pub(crate) online: bool,
-    pub(crate) sized: bool,
+    /// Which size stands there, by [`SIZES`]; 0 for none.
+    pub(crate) sized: u8,
+    pub(crate) medium: Medium,
     pub(crate) error: u8,
     pub(crate) hotplug: u8,
     pub(crate) hotplug_error: u8,
+}
+
+/// Sizes by number: none, the image, the same after it has grown, the other medium, an empty drive.
+pub(crate) const SIZES: [&str; 5] = ["", "2048", "4096", "1024", "0"];
+
+/// What `params` names.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(crate) enum Medium {
+    A,
+    B,
+    Empty,
+}
+
+impl Medium {
+    pub(crate) fn path(self) -> &'static str {
+        match self {
+            Medium::A => "/a",
+            Medium::B => "/b",
+            Medium::Empty => "",
+        }
+    }
+
+    pub(crate) fn size(self, grown: bool) -> u8 {
+        match (self, grown) {
+            (Medium::A, false) => 1,
+            (Medium::A, true) => 2,
+            (Medium::B, _) => 3,
+            (Medium::Empty, _) => 4,
+        }
+    }
 }
 
 /// What the guest's ring nodes say.
@@ -22,6 +54,10 @@ pub(crate) enum RingNodes {
     None,
     A,
     B,
+    /// Two queues of one page.
+    Two,
+    /// The same, and A beside it: one of them is an earlier frontend's.
+    TwoAndA,
     Malformed,
 }
 
@@ -40,29 +76,33 @@ pub(crate) struct Store {
 }
 
 pub(crate) const NEW_BACKEND: Backend =
-    Backend { state: 1, online: true, sized: false, error: 0, hotplug: 0, hotplug_error: 0 };
+    Backend { state: 1, online: true, sized: 0, medium: Medium::A, error: 0, hotplug: 0, hotplug_error: 0 };
 
 /// Index of the text "connected" in [`Texts`].
 pub(crate) const HOTPLUG_CONNECTED: u8 = 1;
 
 /// Texts that were written, by number.
-pub(crate) struct Texts(Vec<String>);
+pub(crate) struct Texts {
+    texts: Vec<String>,
+    /// The device is a drive.
+    pub(crate) drive: bool,
+}
 
 impl Texts {
-    pub(crate) fn new() -> Texts {
-        Texts(vec![String::new(), "connected".to_owned()])
+    pub(crate) fn new(drive: bool) -> Texts {
+        Texts { texts: vec![String::new(), "connected".to_owned()], drive }
     }
 
     fn number(&mut self, text: &str) -> u8 {
-        let at = self.0.iter().position(|known| known == text).unwrap_or_else(|| {
-            self.0.push(text.to_owned());
-            self.0.len() - 1
+        let at = self.texts.iter().position(|known| known == text).unwrap_or_else(|| {
+            self.texts.push(text.to_owned());
+            self.texts.len() - 1
         });
         u8::try_from(at).unwrap()
     }
 
     fn node(&self, number: u8) -> Node {
-        if number == 0 { Node::Missing } else { present(&self.0[usize::from(number)]) }
+        if number == 0 { Node::Missing } else { present(&self.texts[usize::from(number)]) }
     }
 }
 
@@ -85,6 +125,7 @@ impl Store {
             let node = self.node(&key, script, texts);
             world.put(key, node);
         }
+        self.put_further(&mut world, script, texts);
         world
     }
 
@@ -96,7 +137,15 @@ impl Store {
             let node = states.node(&key, script, texts);
             world.put(key, node);
         }
+        self.put_further(&mut world, script, texts);
         world
+    }
+
+    fn put_further(&self, world: &mut World, script: bool, texts: &Texts) {
+        for key in further_keys(world) {
+            let node = self.node(&key, script, texts);
+            world.put(key, node);
+        }
     }
 
     pub(crate) fn holds(&self, guards: &[Guard], script: bool, texts: &Texts) -> bool {
@@ -105,7 +154,15 @@ impl Store {
 
     /// The backend directory after a publication. Writes make a directory that is missing, as xenstore does.
     pub(crate) fn apply(&self, publication: &Publication, texts: &mut Texts) -> Backend {
-        let lost = Backend { state: 0, online: true, sized: false, error: 0, hotplug: 0, hotplug_error: 0 };
+        let lost = Backend {
+            state: 0,
+            online: true,
+            sized: 0,
+            medium: Medium::A,
+            error: 0,
+            hotplug: 0,
+            hotplug_error: 0,
+        };
         let mut it = self.backend.unwrap_or(lost);
         for name in &publication.removals {
             it.set(name, None, texts);
@@ -124,11 +181,12 @@ impl Backend {
             "online" => present(if self.online { "1" } else { "0" }),
             "frontend" => present("/local/domain/7/device/vbd/51712"),
             "frontend-id" => present("7"),
-            "params" => present("raw:/a"),
+            "params" => present(self.medium.path()),
             "mode" => present("w"),
             "type" => present("phy"),
             "script" if script => present("block"),
-            "sectors" if self.sized => present("2048"),
+            "device-type" if texts.drive => present("cdrom"),
+            "sectors" if self.sized > 0 => present(SIZES[usize::from(self.sized)]),
             "error" => texts.node(self.error),
             "hotplug-status" => texts.node(self.hotplug),
             "hotplug-error" => texts.node(self.hotplug_error),
@@ -140,11 +198,26 @@ impl Backend {
         let number = value.map_or(0, |text| texts.number(text));
         match name {
             "state" => self.state = value.unwrap().parse().unwrap(),
-            "sectors" => self.sized = value.unwrap() == "2048",
+            "sectors" => {
+                let at = SIZES.iter().position(|size| value.is_some_and(|value| value == size));
+                self.sized = u8::try_from(at.unwrap()).unwrap();
+            }
             "error" => self.error = number,
             "hotplug-status" => self.hotplug = number,
             "hotplug-error" => self.hotplug_error = number,
-            "sector-size" | "physical-sector-size" | "info" | "feature-flush-cache" => {}
+            "sector-size"
+            | "physical-sector-size"
+            | "info"
+            | "feature-flush-cache"
+            | "max-ring-page-order"
+            | "max-ring-pages"
+            | "multi-queue-max-queues"
+            | "feature-max-indirect-segments"
+            | "feature-persistent"
+            | "feature-barrier"
+            | "feature-discard"
+            | "discard-granularity"
+            | "discard-alignment" => {}
             other => panic!("the vbd wrote {other}, which is not the backend's"),
         }
     }
@@ -152,17 +225,23 @@ impl Backend {
 
 impl Frontend {
     fn node(&self, name: &str) -> Node {
-        let (ring_ref, port) = match self.ring {
-            RingNodes::None => return if name == "state" { self.state_node() } else { Node::Missing },
-            RingNodes::A => ("8", "9"),
-            RingNodes::B => ("10", "11"),
-            RingNodes::Malformed => ("-1", "9"),
+        let two = matches!(self.ring, RingNodes::Two | RingNodes::TwoAndA);
+        let plain = match self.ring {
+            RingNodes::None | RingNodes::Two => None,
+            RingNodes::A | RingNodes::TwoAndA => Some(("8", "9")),
+            RingNodes::B => Some(("10", "11")),
+            RingNodes::Malformed => Some(("-1", "9")),
         };
-        match name {
-            "state" => self.state_node(),
-            "ring-ref" => present(ring_ref),
-            "event-channel" => present(port),
-            "protocol" => present("x86_64-abi"),
+        match (name, plain) {
+            ("state", _) => self.state_node(),
+            ("ring-ref", Some((ring_ref, _))) => present(ring_ref),
+            ("event-channel", Some((_, port))) => present(port),
+            ("protocol", _) if self.ring != RingNodes::None => present("x86_64-abi"),
+            ("multi-queue-num-queues", _) if two => present("2"),
+            ("queue-0/ring-ref", _) if two => present("20"),
+            ("queue-0/event-channel", _) if two => present("21"),
+            ("queue-1/ring-ref", _) if two => present("22"),
+            ("queue-1/event-channel", _) if two => present("23"),
             _ => Node::Missing,
         }
     }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use vbdd::vbd::{
     Action, Actions, Address, Config, ConnectError, ConnectPlan, Event, Geometry, Guard, Kind, Misdeed, Node,
-    Notice, Place, Publication, Side, Timer, Vbd, World, keys,
+    Notice, Place, Publication, RingPlan, Side, Timer, Vbd, World, further_keys, keys,
 };
 
 pub(crate) struct Host {
@@ -22,6 +22,8 @@ pub(crate) struct Host {
     /// `Some` makes the next opens fail with that text.
     pub(crate) open_error: Option<String>,
     pub(crate) connect_error: Option<ConnectError>,
+    /// Which of two rings can be mapped.
+    pub(crate) which: usize,
     pub(crate) publish_error: Option<String>,
     pub(crate) geometry: Geometry,
     /// Actions whose debug text begins with one of these stay in the queue.
@@ -54,8 +56,9 @@ impl Host {
             connected: None,
             open_error: None,
             connect_error: None,
+            which: 0,
             publish_error: None,
-            geometry: Geometry { sectors: 2048, physical_sector_bytes: 4096 },
+            geometry: Geometry { sectors: 2048, physical_sector_bytes: 4096, discard: None },
             hold: Vec::new(),
             timers: BTreeSet::new(),
         }
@@ -155,6 +158,16 @@ impl Host {
         self.run()
     }
 
+    /// Lets the time of a new device's 2 pass, however long it is.
+    pub(crate) fn settle(&mut self) -> &mut Host {
+        for timer in [Timer::Settle, Timer::SettleForScript] {
+            if self.timers.contains(&timer) {
+                self.fire(timer);
+            }
+        }
+        self
+    }
+
     /// The log since the last call.
     pub(crate) fn took(&mut self) -> String {
         std::mem::take(&mut self.log).join(", ")
@@ -164,9 +177,7 @@ impl Host {
     pub(crate) fn connected(place: Place) -> Host {
         let mut host = Host::new(place);
         host.run();
-        if host.timers.contains(&Timer::Settle) {
-            host.fire(Timer::Settle);
-        }
+        host.settle();
         host.ring(8, 9).fe(3).fe(4);
         assert_eq!(host.state(), 4, "{:?}", host.log);
         host.log.clear();
@@ -212,6 +223,10 @@ impl Host {
             let node = self.read(key.side, &key.name);
             world.put(key, node);
         }
+        for key in further_keys(&world) {
+            let node = self.read(key.side, &key.name);
+            world.put(key, node);
+        }
         world
     }
 
@@ -250,14 +265,14 @@ impl Host {
                 self.give(Event::ImageClosed);
             }
             Action::Connect(plan) => {
-                let queue = &plan.ring.queues[0];
                 let resume = if plan.resume { " resume" } else { "" };
-                self.say(format!("connect {:?}/{}{resume}", queue.ring_refs, queue.event_channel));
+                let rings: Vec<String> = plan.rings.iter().map(shown).collect();
+                self.say(format!("connect {}{resume}", rings.join(" or ")));
                 match self.connect_error.clone() {
                     Some(error) => self.give(Event::ConnectFailed(error)),
                     None => {
                         self.connected = Some(plan);
-                        self.give(Event::Connected);
+                        self.give(Event::Connected(self.which));
                     }
                 }
             }
@@ -306,6 +321,12 @@ impl Host {
         self.last = Some(publication);
         self.give(Event::Published);
     }
+}
+
+/// A ring, as `[REFERENCES]/PORT` for each queue.
+fn shown(ring: &RingPlan) -> String {
+    let queues = ring.queues.iter().map(|queue| format!("{:?}/{}", queue.ring_refs, queue.event_channel));
+    queues.collect::<Vec<_>>().join("+")
 }
 
 /// A refusal of the hypervisor.

@@ -8,18 +8,18 @@ use crate::host::{DRIVER, FE, Host, bad_grant, ready};
 #[test]
 fn ring_nodes_that_make_no_sense() {
     let refused: [(&str, Option<&str>, Misdeed); 12] = [
-        ("ring-ref", None, Misdeed::Missing("ring-ref")),
-        ("ring-ref", Some("-8"), Misdeed::BadNumber("ring-ref")),
-        ("ring-ref", Some("4294967296"), Misdeed::BadNumber("ring-ref")),
-        ("ring-ref", Some(""), Misdeed::BadNumber("ring-ref")),
-        ("event-channel", None, Misdeed::Missing("event-channel")),
-        ("event-channel", Some("0"), Misdeed::BadNumber("event-channel")),
-        ("event-channel", Some("0x9"), Misdeed::BadNumber("event-channel")),
+        ("ring-ref", None, Misdeed::Missing("ring-ref".into())),
+        ("ring-ref", Some("-8"), Misdeed::BadNumber("ring-ref".into())),
+        ("ring-ref", Some("4294967296"), Misdeed::BadNumber("ring-ref".into())),
+        ("ring-ref", Some(""), Misdeed::BadNumber("ring-ref".into())),
+        ("event-channel", None, Misdeed::Missing("event-channel".into())),
+        ("event-channel", Some("0"), Misdeed::BadNumber("event-channel".into())),
+        ("event-channel", Some("0x9"), Misdeed::BadNumber("event-channel".into())),
         ("protocol", Some("sparc-abi"), Misdeed::UnknownProtocol),
         ("multi-queue-num-queues", Some("0"), Misdeed::Queues(0)),
         ("num-ring-pages", Some("0"), Misdeed::RingPages(0)),
-        ("ring-page-order", Some("many"), Misdeed::BadNumber("ring-page-order")),
-        ("num-ring-pages", Some("99999999999"), Misdeed::BadNumber("num-ring-pages")),
+        ("ring-page-order", Some("many"), Misdeed::BadNumber("ring-page-order".into())),
+        ("num-ring-pages", Some("99999999999"), Misdeed::BadNumber("num-ring-pages".into())),
     ];
     for (name, value, misdeed) in refused {
         let mut host = ready();
@@ -77,33 +77,18 @@ fn both_spellings_of_a_ring_of_one_page() {
             host.put(FE, name, value);
         }
         host.fe(3);
-        assert_eq!(host.connected.as_ref().unwrap().ring.queues[0].ring_refs, [grant], "{nodes:?}");
+        assert_eq!(host.connected.as_ref().unwrap().rings[0].queues[0].ring_refs, [grant], "{nodes:?}");
     }
-}
-
-#[test]
-fn what_an_earlier_frontend_left_behind_does_not_count_against_a_plain_ring() {
-    let mut host = ready();
-    for (name, value) in [("ring-page-order", "4"), ("ring-ref0", "100"), ("multi-queue-num-queues", "4")] {
-        host.put(FE, name, value);
-    }
-    host.ring(8, 9).fe(3);
-    assert_eq!(host.took(), "connect [8]/9, 4");
-    let mut host = ready();
-    host.ring(8, 9).remove(FE, "ring-ref");
-    host.put(FE, "multi-queue-num-queues", "4");
-    host.fe(3);
-    assert_eq!(host.notices, [Notice::Misbehaved(Misdeed::Queues(4))]);
 }
 
 #[test]
 fn a_frontend_without_protocol_speaks_the_default() {
     for abi in [Abi::X86_32, Abi::X86_64] {
         let mut host = Host::new(DRIVER);
-        host.config.default_abi = abi;
+        host.config.terms.default_abi = abi;
         host.ring(8, 9).remove(FE, "protocol");
         host.fe(3);
-        assert_eq!(host.connected.as_ref().unwrap().ring.abi, abi);
+        assert_eq!(host.connected.as_ref().unwrap().rings[0].abi, abi);
     }
 }
 

@@ -35,9 +35,7 @@ fn a_stop_at_any_moment_of_connecting() {
         assert!(host.timers.is_empty());
         host.killed();
         host.ring(8, 9).fe(3).run();
-        if host.timers.contains(&Timer::Settle) {
-            host.fire(Timer::Settle);
-        }
+        host.settle();
         assert_eq!(host.state(), 4, "{hold}");
     }
 }
@@ -144,7 +142,7 @@ fn a_take_over_that_fails_is_repeated_and_then_given_up() {
 fn an_image_that_grew_while_nobody_served_it() {
     let mut host = Host::connected(DRIVER);
     host.killed();
-    host.geometry = Geometry { sectors: 4096, physical_sector_bytes: 512 };
+    host.geometry = Geometry { sectors: 4096, physical_sector_bytes: 512, discard: None };
     host.run();
     assert_eq!(host.took(), "open /dev/vg/a, connect [8]/9 resume, 4");
     assert_eq!(host.be("sectors"), Some("4096"));

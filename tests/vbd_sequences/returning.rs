@@ -68,7 +68,7 @@ fn a_rewritten_ring_is_another_ring() {
     host.put(FE, "protocol", "x86_32-abi");
     host.run();
     assert_eq!(host.took(), "drain, connect [8]/9, 4");
-    assert_eq!(host.connected.as_ref().unwrap().ring.abi, Abi::X86_32);
+    assert_eq!(host.connected.as_ref().unwrap().rings[0].abi, Abi::X86_32);
 }
 
 #[test]

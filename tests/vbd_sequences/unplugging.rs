@@ -20,6 +20,18 @@ fn a_clean_unplug_in_a_driver_domain() {
 }
 
 #[test]
+fn a_script_with_a_loop_device_has_time_to_take_it_away() {
+    assert!(Timer::LingerForScript.delay_ms() >= 5 * Timer::Linger.delay_ms());
+    let mut host = Host::connected(DRIVER);
+    host.put(BE, "node", "/dev/loop0");
+    host.unplug().fe(6);
+    assert!(!host.timers.contains(&Timer::Linger));
+    host.took();
+    host.fire(Timer::LingerForScript);
+    assert_eq!(host.took(), "remove, forget");
+}
+
+#[test]
 fn a_clean_unplug_in_dom0_leaves_the_directory_to_the_toolstack() {
     let mut host = Host::connected(Place::Dom0);
     host.unplug().fe(5).fe(6);

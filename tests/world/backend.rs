@@ -3,7 +3,8 @@
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::rc::Rc;
 
-use vbdd::pump::{DiskId, Pump, PumpEvent, QueueId, RingPlan};
+use rings::Offers;
+use vbdd::pump::{DiskId, DiskPlan, Pump, PumpEvent, QueueId, RingPlan};
 use vbdd::storage::Storage;
 
 use super::hypervisor::SimXen;
@@ -45,6 +46,12 @@ pub struct Backend {
     pub pump: Option<SimPump>,
     pub disks: Vec<DiskId>,
     pub pool_bytes: usize,
+    /// What every disk offers.
+    pub offers: Offers,
+    /// Every queue's answers come in the order of taking.
+    pub in_order: bool,
+    /// Pages that requests name stay mapped.
+    pub persistent: bool,
     again: bool,
     /// Turns since the world began, and the most calls that one of them made.
     pub turns: u64,
@@ -64,6 +71,9 @@ impl Backend {
             pump: None,
             disks: Vec::new(),
             pool_bytes,
+            offers: Offers { indirect_segments: 256, barrier: true, discard: true },
+            in_order: false,
+            persistent: false,
             again: false,
             turns: 0,
             calls_per_turn_max: 0,
@@ -113,6 +123,7 @@ impl Backend {
     pub fn start(&mut self) -> bool {
         assert!(self.pump.is_none());
         let (shared, pool_bytes) = (self.shared.clone(), self.pool_bytes);
+        let (offers, in_order) = (self.offers, self.in_order);
         self.mortal(|backend| {
             let storage = SimStorage::new(shared.clone(), pool_bytes);
             let journals = Box::new(SimJournals(shared.clone()));
@@ -121,7 +132,8 @@ impl Backend {
                 let vbd = backend.vbds[at].clone();
                 let pump = backend.pump.as_mut().unwrap();
                 let file = pump.storage.open_image(vbd.image);
-                backend.disks.push(pump.add_disk(file, vbd.sectors, vbd.read_only));
+                let plan = DiskPlan::new(file, vbd.sectors, vbd.read_only);
+                backend.disks.push(pump.add_disk(&DiskPlan { offers, in_order, ..plan }));
             }
             for at in 0..backend.lines.len() {
                 backend.attach(at);
@@ -141,6 +153,9 @@ impl Backend {
             match self.pump.as_mut().unwrap().attach(disk, &plan) {
                 Ok(queue) => {
                     self.lines[at].queue = Some(queue);
+                    if self.persistent {
+                        self.pump.as_mut().unwrap().keep_grants(queue);
+                    }
                     self.lines[at].live = true;
                     self.again = true;
                     return;

@@ -4,7 +4,7 @@
 //! the handler ends with the ring's final check, and two writes of one sector are never in flight together. Writing a
 //! request, publishing it and sending the event are separate acts, so that the backend may run in between.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 
 use rings::request::operation;
@@ -14,7 +14,8 @@ use vbdd::pump::RingPlan;
 use vbdd::storage::IoKind;
 
 use super::memory::GuestMemory;
-use super::model::Covered;
+use super::model::{Covered, DiskModel};
+use super::storage::Injected;
 use super::{Actor, Shared};
 
 /// What a sane guest does.
@@ -38,11 +39,23 @@ pub struct Habits {
     pub whole_pages: bool,
     /// Segments of a request, at most.
     pub segments_max: u64,
-    /// Numerators over 16: reads, flushes without and with data, operations that are not offered. The rest are writes.
+    /// How many of 16 reads and writes are indirect, and their segments at most. A guest with fewer frames sends none.
+    pub indirect: u64,
+    pub indirect_max: u64,
+    /// Numerators over 16: reads, flushes without and with data, discards, barriers with and without data, operations
+    /// that nobody offers. The rest are writes.
     pub reads: u64,
     pub flushes: u64,
     pub flushes_with_data: u64,
+    pub discards: u64,
+    pub barriers: u64,
     pub odd: u64,
+    /// Its answers must come in the order of its requests.
+    pub in_order: bool,
+    /// The disk has fewer sectors than the model: what lies past this must be refused.
+    pub end: Option<u64>,
+    /// Its pages stay granted from one request to the next.
+    pub persistent: bool,
 }
 
 impl Habits {
@@ -59,10 +72,17 @@ impl Habits {
             segments_min: 1,
             whole_pages: false,
             segments_max: 11,
+            indirect: 4,
+            indirect_max: 24,
             reads: 6,
             flushes: 1,
             flushes_with_data: 1,
+            discards: 1,
+            barriers: 0,
             odd: 1,
+            in_order: false,
+            end: None,
+            persistent: false,
         }
     }
 }
@@ -73,6 +93,7 @@ enum Want {
     Write { first: u64 },
     Flush { covered: Covered },
     FlushWrite { first: u64, covered: Covered },
+    Discard,
     Odd,
 }
 
@@ -83,6 +104,8 @@ struct Pending {
     sector: u64,
     count: u64,
     segments: Vec<(Segment, usize)>,
+    /// The page of descriptors: granted until the answer comes.
+    descriptors: Option<(GrantRef, usize)>,
     sent_us: u64,
 }
 
@@ -92,7 +115,10 @@ struct GuestQueue {
     port: u32,
     grants: Vec<GrantRef>,
     free: Vec<usize>,
+    /// Frames that stay granted.
+    kept: BTreeMap<usize, GrantRef>,
     pending: BTreeMap<u64, Pending>,
+    order: VecDeque<u64>,
     left: u32,
     sent: u64,
     in_handler: bool,
@@ -125,7 +151,9 @@ impl SaneGuest {
                 port: xen.offer_port(habits.domain),
                 grants,
                 free: (base + habits.ring_pages..base + frames).collect(),
+                kept: BTreeMap::new(),
                 pending: BTreeMap::new(),
+                order: VecDeque::new(),
                 left: habits.requests,
                 sent: 0,
                 in_handler: false,
@@ -222,30 +250,42 @@ impl SaneGuest {
         };
         let (reads, flushes) = (falls(habits.reads), falls(habits.flushes));
         let (with_data, odd) = (falls(habits.flushes_with_data), falls(habits.odd));
+        let (discard, barrier) = (falls(habits.discards), falls(habits.barriers));
+        let op_flush = if barrier { operation::BARRIER } else { operation::FLUSH };
+        let bare = barrier && shared.chance(1, 2);
+        let (flushes, with_data) = (flushes || bare, with_data || barrier && !bare);
         let is_read = reads || (model.read_only && !flushes && !odd);
+        if discard {
+            return send_discard(&mut self.queues[n], model, shared);
+        }
         let queue = &mut self.queues[n];
-        let pages = if flushes || odd {
-            0
-        } else {
-            habits.segments_min + shared.below(habits.segments_max - habits.segments_min + 1)
+        let indirect = !flushes && !odd && !with_data && shared.chance(habits.indirect, 16);
+        let pages = match (flushes || odd, indirect) {
+            (true, _) => 0,
+            // What never fits into its frames would look as if it were stuck.
+            (_, true) => {
+                let most = habits.indirect_max.min(model.size() / 8).min(habits.frames as u64 - 1);
+                1 + shared.below(most)
+            }
+            (_, false) => habits.segments_min + shared.below(habits.segments_max - habits.segments_min + 1),
         };
-        if queue.free.len() < pages as usize {
+        if queue.free.len() < pages as usize + usize::from(indirect) {
             return false;
         }
         let shape: Vec<(u8, u8)> = (0..pages).map(|_| shape_of_page(habits.whole_pages, shared)).collect();
         let count: u64 = shape.iter().map(|(first, last)| u64::from(last - first) + 1).sum();
         let sector = shared.below(model.size() - count + 1);
         let (op, want) = if flushes {
-            (operation::FLUSH, Want::Flush { covered: model.flush_begins() })
+            (op_flush, Want::Flush { covered: model.flush_begins() })
         } else if odd {
-            (if shared.chance(1, 2) { operation::BARRIER } else { operation::DISCARD }, Want::Odd)
+            (if shared.chance(1, 2) { 4 } else { 7 }, Want::Odd)
         } else if is_read {
             (operation::READ, Want::Read { read: model.read_begins(sector, count) })
         } else {
             let covered = model.flush_begins();
             let Some(first) = model.write_begins(sector, count) else { return false };
             match with_data {
-                true => (operation::FLUSH, Want::FlushWrite { first, covered }),
+                true => (op_flush, Want::FlushWrite { first, covered }),
                 false => (operation::WRITE, Want::Write { first }),
             }
         };
@@ -261,17 +301,38 @@ impl SaneGuest {
                 }
                 at += 1;
             }
-            let grant = shared.xen.borrow_mut().grant(habits.domain, frame, !is_read);
+            let grant = match queue.kept.get(&frame) {
+                Some(grant) => *grant,
+                None => shared.xen.borrow_mut().grant(habits.domain, frame, !is_read && !habits.persistent),
+            };
+            if habits.persistent {
+                queue.kept.insert(frame, grant);
+            }
             segments.push((Segment { grant, first, last }, frame));
         }
         queue.sent += 1;
         queue.left -= 1;
         let id = 0xFFFF_8880_0000_0000 | (queue.sent << 4);
         let slots: Vec<Segment> = segments.iter().map(|(segment, _)| *segment).collect();
-        queue.front.write(op, id, sector, &slots, slots.len() as u8);
+        let mut descriptors = None;
+        if indirect {
+            let frame = queue.free.pop().unwrap();
+            self.memory.write(frame, 0, &[0xEE; 4096]);
+            for (n, segment) in slots.iter().enumerate() {
+                self.memory.write(frame, n * 8, &segment.to_bytes());
+            }
+            let grant = shared.xen.borrow_mut().grant(habits.domain, frame, true);
+            queue.front.write_indirect(op, id, sector, slots.len() as u16, &[grant]);
+            descriptors = Some((grant, frame));
+        } else {
+            queue.front.write(op, id, sector, &slots, slots.len() as u8);
+        }
         shared.note("sent", id, u64::from(op));
         let sent_us = shared.clock.now_us();
-        queue.pending.insert(id, Pending { operation: op, want, sector, count, segments, sent_us });
+        queue.order.push_back(id);
+        queue
+            .pending
+            .insert(id, Pending { operation: op, want, sector, count, segments, descriptors, sent_us });
         true
     }
 
@@ -283,6 +344,13 @@ impl SaneGuest {
             return shared
                 .fail(format!("guest {domain} got an answer to nothing it has asked: {response:?}"));
         };
+        if self.habits.in_order && queue.order.front() != Some(&response.id) {
+            shared.fail(format!(
+                "guest {domain} is answered out of order: {response:?} before {:?}",
+                queue.order
+            ));
+        }
+        queue.order.retain(|id| *id != response.id);
         if response.operation != pending.operation {
             shared.fail(format!("guest {domain} sent {pending:?} and was answered {response:?}"));
         }
@@ -292,8 +360,11 @@ impl SaneGuest {
             shared.fail(format!("guest {domain}, {pending:?}, answered {}: {what}", response.status));
         }
         let queue = &mut self.queues[n];
-        for (segment, frame) in pending.segments {
-            shared.xen.borrow_mut().revoke(domain, segment.grant);
+        let pages = pending.segments.iter().map(|(segment, frame)| (segment.grant, *frame));
+        for (grant, frame) in pages.chain(pending.descriptors) {
+            if queue.kept.get(&frame) != Some(&grant) {
+                shared.xen.borrow_mut().revoke(domain, grant);
+            }
             queue.free.push(frame);
         }
     }
@@ -322,11 +393,16 @@ impl SaneGuest {
                 model.write_ends(pending.sector, pending.count, *first, okay);
                 if okay {
                     model.flush_ends(covered);
+                    model.written_through(pending.sector, pending.count, *first);
                 }
             }
+            Want::Discard => model.discard_ends(pending.sector, pending.count),
             Want::Flush { .. } => {}
         }
         let cause = self.cause(pending, model.image, okay, shared);
+        if self.habits.end.is_some_and(|end| pending.count > 0 && pending.sector + pending.count > end) {
+            return if status == -1 { Ok(()) } else { Err("though it lies past the end".to_owned()) };
+        }
         match (status, cause) {
             (0, Some(true)) => Err("though it was made to fail".to_owned()),
             (0, _) | (-1, Some(_)) => Ok(()),
@@ -354,7 +430,8 @@ impl SaneGuest {
         let mut xen = shared.xen.borrow_mut();
         xen.failed_copies.retain(|failed| {
             let hit = failed.domain == self.habits.domain
-                && pending.segments.iter().any(|(segment, _)| segment.grant == failed.grant);
+                && (pending.segments.iter().any(|(segment, _)| segment.grant == failed.grant)
+                    || pending.descriptors.is_some_and(|(grant, _)| grant == failed.grant));
             if hit {
                 cause = Some(failed.certain || cause == Some(true));
             }
@@ -363,27 +440,58 @@ impl SaneGuest {
         let kind = match pending.want {
             Want::Read { .. } => IoKind::Read,
             Want::Write { .. } | Want::FlushWrite { .. } => IoKind::Write,
+            Want::Discard => IoKind::Discard { length_bytes: pending.count * 512 },
             Want::Flush { .. } | Want::Odd => IoKind::Flush,
         };
         let mut media = shared.media.borrow_mut();
         // Two reads of one place may be in flight: a failure belongs to the one that says so.
-        if kind == IoKind::Write || (kind == IoKind::Read && !okay) {
-            let offset = pending.sector * 512;
-            let hit = media
-                .injected
-                .iter()
-                .position(|error| (error.image, error.kind, error.offset_bytes) == (image, kind, offset));
-            if let Some(at) = hit {
-                let error = media.injected.remove(at);
+        let range = pending.sector * 512..(pending.sector + pending.count) * 512;
+        let hits = |error: &Injected| {
+            (error.image, error.kind) == (image, kind) && range.contains(&error.offset_bytes)
+        };
+        // Two reads of one place may be in flight: a failure belongs to the one that says so. Of a write every part may
+        // fail, and nobody else writes there.
+        let mut left = if kind == IoKind::Read { usize::from(!okay) } else { usize::MAX };
+        media.injected.retain(|error| {
+            let hit = left > 0 && hits(error);
+            if hit {
+                left -= 1;
                 cause = Some(error.certain || cause == Some(true));
             }
-        }
+            !hit
+        });
         let flushes = matches!(pending.want, Want::Flush { .. } | Want::FlushWrite { .. });
         if cause.is_none() && flushes && media.flush_failed.contains(&image) {
             cause = Some(false);
         }
         cause
     }
+}
+
+fn send_discard(queue: &mut GuestQueue, model: &mut DiskModel, shared: &Shared) -> bool {
+    let most = [8, 64, model.size()][shared.index(3)].min(model.size());
+    let count = 1 + shared.below(most);
+    let sector = shared.below(model.size() - count + 1);
+    if model.read_only || !model.discard_begins(sector, count) {
+        return false;
+    }
+    queue.sent += 1;
+    queue.left -= 1;
+    let id = 0xFFFF_8880_0000_0000 | (queue.sent << 4);
+    queue.front.write_discard(id, sector, count, 0);
+    shared.note("sent", id, operation::DISCARD.into());
+    queue.order.push_back(id);
+    let pending = Pending {
+        operation: operation::DISCARD,
+        want: Want::Discard,
+        sector,
+        count,
+        segments: Vec::new(),
+        descriptors: None,
+        sent_us: shared.clock.now_us(),
+    };
+    queue.pending.insert(id, pending);
+    true
 }
 
 /// Sectors within a page: mostly whole pages.

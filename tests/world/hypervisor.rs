@@ -72,6 +72,8 @@ pub struct Xen {
     /// Copies that one call can do: more fail as a whole.
     pub copies_max: Option<usize>,
     pub fail_map: u32,
+    /// After so many calls of `map` that succeed, one fails.
+    pub fail_map_after: Option<u32>,
     pub fail_bind: u32,
 }
 
@@ -221,10 +223,70 @@ impl SimXen {
     }
 }
 
+impl SimXen {
+    fn copy_all(&mut self, segments: &mut [CopySegment]) -> Result<(), HypervisorError> {
+        if self.0.xen.borrow().copies_max.is_some_and(|most| segments.len() > most) {
+            segments.iter_mut().for_each(|segment| segment.copied = self.0.chance(1, 2));
+            return Err(HypervisorError::Failed("copy", libc::ENOMEM));
+        }
+        if self.0.strikes(self.0.faults.get().copy_batch) {
+            let mut xen = self.xen();
+            for segment in segments.iter_mut() {
+                let (domain, grant) = (segment.domain, segment.grant);
+                // The pump may try again.
+                xen.failed_copies.push(FailedCopy { domain, grant, certain: false });
+                // On failure of the call the statuses mean nothing.
+                segment.copied = self.0.chance(1, 2);
+            }
+            if self.0.plant.get() == Plant::CopyStatusIgnored {
+                segments.iter_mut().for_each(|segment| segment.copied = true);
+                return Ok(());
+            }
+            return Err(HypervisorError::Failed("copy", libc::ENOMEM));
+        }
+        let reaches_images = {
+            let media = self.0.media.borrow();
+            segments.iter().any(|segment| media.holds(segment.local.address()))
+        };
+        if reaches_images && self.0.strikes(self.0.direct.get().1) {
+            for segment in segments.iter_mut() {
+                if self.0.chance(1, 2) {
+                    let _ = self.xen().copy_one(segment);
+                }
+                segment.copied = self.0.chance(1, 2);
+            }
+            if self.0.plant.get() == Plant::DirectFaultIgnored {
+                segments.iter_mut().for_each(|segment| segment.copied = true);
+                return Ok(());
+            }
+            return Err(HypervisorError::Failed("copy", libc::EFAULT));
+        }
+        let skips = self.0.plant.get() == Plant::CopySkipped;
+        for segment in segments.iter_mut() {
+            if skips && self.0.chance(1, 32) {
+                segment.copied = true;
+                continue;
+            }
+            match self.xen().copy_one(segment) {
+                Ok(copied) => segment.copied = copied,
+                Err(what) => self.0.fail(what),
+            }
+            self.0.note("copied", segment.grant.into(), segment.copied.into());
+        }
+        Ok(())
+    }
+}
+
 impl Hypervisor for SimXen {
     fn map(&mut self, domain: DomainId, grants: &[GrantRef]) -> Result<RingMapping, HypervisorError> {
         self.0.point("map", domain.into(), grants.len() as u64);
         let mut xen = self.xen();
+        if let Some(left) = xen.fail_map_after.take() {
+            if left == 0 {
+                return Err(HypervisorError::Failed("map", 12));
+            }
+            xen.fail_map_after = Some(left - 1);
+        }
         if xen.fail_map > 0 {
             xen.fail_map -= 1;
             return Err(HypervisorError::Failed("map", libc::ENOMEM));
@@ -258,38 +320,11 @@ impl Hypervisor for SimXen {
 
     fn copy(&mut self, segments: &mut [CopySegment]) -> Result<(), HypervisorError> {
         self.0.point("copy", segments.len() as u64, 0);
-        if self.0.xen.borrow().copies_max.is_some_and(|most| segments.len() > most) {
-            segments.iter_mut().for_each(|segment| segment.copied = self.0.chance(1, 2));
-            return Err(HypervisorError::Failed("copy", libc::ENOMEM));
-        }
-        if self.0.strikes(self.0.faults.get().copy_batch) {
-            let mut xen = self.xen();
-            for segment in segments.iter_mut() {
-                let (domain, grant) = (segment.domain, segment.grant);
-                // The pump may try again.
-                xen.failed_copies.push(FailedCopy { domain, grant, certain: false });
-                // On failure of the call the statuses mean nothing.
-                segment.copied = self.0.chance(1, 2);
-            }
-            if self.0.plant.get() == Plant::CopyStatusIgnored {
-                segments.iter_mut().for_each(|segment| segment.copied = true);
-                return Ok(());
-            }
-            return Err(HypervisorError::Failed("copy", libc::ENOMEM));
-        }
-        let skips = self.0.plant.get() == Plant::CopySkipped;
-        for segment in segments.iter_mut() {
-            if skips && self.0.chance(1, 32) {
-                segment.copied = true;
-                continue;
-            }
-            match self.xen().copy_one(segment) {
-                Ok(copied) => segment.copied = copied,
-                Err(what) => self.0.fail(what),
-            }
-            self.0.note("copied", segment.grant.into(), segment.copied.into());
-        }
-        Ok(())
+        let result = self.copy_all(segments);
+        let locals: BTreeSet<*const u8> =
+            segments.iter().map(|one| one.local.address().cast_const()).collect();
+        self.0.media.borrow_mut().copied(&|address| locals.contains(&address));
+        result
     }
 
     fn bind(&mut self, domain: DomainId, remote_port: u32) -> Result<Port, HypervisorError> {

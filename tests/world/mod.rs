@@ -67,6 +67,8 @@ pub enum Plant {
     WriteMisplaced,
     /// A failed write is reported as done.
     WriteErrorHidden,
+    /// A batch of copies that could not reach an image is reported as done.
+    DirectFaultIgnored,
     /// A ring stays mapped.
     UnmapDropped,
     /// A port stays bound.
@@ -119,6 +121,8 @@ pub struct Shared {
     pub guests: RefCell<Vec<Box<dyn Actor>>>,
     pub faults: Cell<Faults>,
     pub plant: Cell<Plant>,
+    /// How often of 1024 times storage lets a grant copy go straight to an image, and how often such a batch fails.
+    pub direct: Cell<(u64, u64)>,
     /// Guests run while the backend is inside a call.
     pub preempt: Cell<bool>,
     /// Every guest acts at every call of the backend: none is ever late with its next request.
@@ -147,6 +151,7 @@ impl Shared {
             guests: RefCell::default(),
             faults: Cell::new(Faults { latency_us_max: 500, ..Faults::default() }),
             plant: Cell::default(),
+            direct: Cell::default(),
             preempt: Cell::new(true),
             eager: Cell::new(false),
             stop_sending: Cell::new(false),

@@ -14,9 +14,15 @@ pub fn mix(mut z: u64) -> u64 {
     z ^ (z >> 31)
 }
 
+/// The stamp of a sector whose content was let go: it reads as zeroes, or as it was.
+pub const ZEROES: u64 = u64::MAX;
+
 /// The bytes of `sector` after the write `stamp`.
 pub fn sector_bytes(stamp: u64, sector: u64) -> [u8; 512] {
     let mut bytes = [0; 512];
+    if stamp == ZEROES {
+        return bytes;
+    }
     let (words, _) = bytes.as_chunks_mut::<8>();
     let seed = mix(stamp ^ mix(sector));
     for (n, word) in words.iter_mut().enumerate() {
@@ -28,6 +34,9 @@ pub fn sector_bytes(stamp: u64, sector: u64) -> [u8; 512] {
 
 /// Which write `bytes` of `sector` came from, if they are whole.
 pub fn stamp_of(bytes: &[u8; 512], sector: u64) -> Option<u64> {
+    if *bytes == [0; 512] {
+        return Some(ZEROES);
+    }
     let stamp = u64::from_le_bytes(bytes[..8].try_into().ok()?);
     (sector_bytes(stamp, sector) == *bytes).then_some(stamp)
 }
@@ -120,6 +129,46 @@ impl DiskModel {
         if okay {
             self.dirty.extend((0..count).map(|n| (sector + n, first + n)));
         }
+    }
+
+    /// Begins a discard, unless a write of one of these sectors is in flight. Only whole units may change.
+    pub fn discard_begins(&mut self, sector: u64, count: u64) -> bool {
+        if self.range(sector, count).iter().any(|known| known.writing) {
+            return false;
+        }
+        let (from, to) = super::storage::UNIT.within(sector * 512, count * 512);
+        let units = from / 512..to / 512;
+        for (n, known) in self.range(sector, count).iter_mut().enumerate() {
+            known.writing = true;
+            if units.contains(&(sector + n as u64)) {
+                known.now.push(ZEROES);
+                known.survivors.push(ZEROES);
+            }
+        }
+        for (first, allowed) in self.reads.values_mut() {
+            for sector in units.clone() {
+                let at = sector.checked_sub(*first).and_then(|at| allowed.get_mut(at as usize));
+                if let Some(allowed) = at {
+                    allowed.insert(ZEROES);
+                }
+            }
+        }
+        true
+    }
+
+    /// A discard was answered: each sector may hold what it held, or nothing.
+    pub fn discard_ends(&mut self, sector: u64, count: u64) {
+        let reads_begun = self.reads_begun;
+        for known in self.range(sector, count) {
+            known.writing = false;
+            known.read_before = reads_begun;
+        }
+    }
+
+    /// What an answered request has written is durable with its answer.
+    pub fn written_through(&mut self, sector: u64, count: u64, first: u64) {
+        let covered = (0..count).map(|n| (sector + n, first + n)).collect();
+        self.flush_ends(&covered);
     }
 
     pub fn read_begins(&mut self, sector: u64, count: u64) -> u64 {

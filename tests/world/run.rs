@@ -231,7 +231,13 @@ pub fn sane_world(seed: u64, requests: u32) -> World {
     // The smallest arena holds one chunk: 256 pages, 23 of the largest requests.
     let mut world = World::new(seed, 1 << 20);
     let shared = world.shared.clone();
+    // Images in memory, in two of three worlds; now and then they cannot be reached.
+    shared.direct.set([(0, 0), (512, 20), (1024, 100)][shared.index(3)]);
+    world.backend.persistent = shared.chance(1, 2);
+    let persistent = world.backend.persistent && shared.chance(3, 4);
     let guests = 1 + shared.below(3);
+    world.backend.in_order = shared.chance(1, 4);
+    let in_order = world.backend.in_order;
     for n in 0..guests {
         let sectors = 200 + shared.index(300);
         let disk = world.add_image(sectors, false);
@@ -239,15 +245,21 @@ pub fn sane_world(seed: u64, requests: u32) -> World {
         world.add_guest(Habits {
             queues: 1 + shared.index(3),
             abi,
-            ring_pages: 1 << shared.below(3),
+            ring_pages: 1 << shared.below(5),
             requests,
             frames: [40, 360][shared.index(2)],
-            depth: [1, 4, 32, 128][shared.index(4)],
+            depth: [1, 4, 32, 512][shared.index(4)],
             segments_max: 1 + shared.below(11),
+            indirect: [0, 4, 12][shared.index(3)],
+            indirect_max: 1 + shared.below(60),
             reads: shared.below(12),
             flushes: shared.below(4),
             flushes_with_data: shared.below(3),
+            discards: shared.below(3),
+            barriers: shared.below(2),
             odd: shared.below(2),
+            persistent,
+            in_order,
             ..Habits::new(n as u16 + 1, disk)
         });
     }

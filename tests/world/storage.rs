@@ -6,14 +6,19 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
 
-use vbdd::buffers::Pool;
-use vbdd::storage::{Access, Done, FileId, Identity, Io, IoKind, OpenError, Opened, Storage, StorageError};
+use vbdd::buffers::{Pool, Span};
+use vbdd::storage::{
+    Access, DiscardUnit, Done, FileId, Identity, Io, IoKind, OpenError, Opened, Storage, StorageError,
+};
 
 use super::model::sector_bytes;
 use super::{Plant, Shared};
 
 pub const SECTOR: usize = 512;
 type Sector = [u8; SECTOR];
+
+/// The units in which every image lets content go: odd on purpose.
+pub const UNIT: DiscardUnit = DiscardUnit { granularity_bytes: 4096, alignment_bytes: 1536 };
 
 #[derive(Clone, Debug)]
 struct Version {
@@ -49,6 +54,25 @@ struct Running {
     covers: BTreeSet<u64>,
 }
 
+impl Running {
+    /// What of the image a discard lets go, in bytes; whole units only.
+    fn discarded(&self) -> Option<(u64, u64)> {
+        match self.io.kind {
+            IoKind::Discard { length_bytes } => Some(UNIT.within(self.io.offset_bytes, length_bytes)),
+            _ => None,
+        }
+    }
+
+    fn first_sector(&self) -> usize {
+        self.discarded().map_or(self.io.offset_bytes, |(from, _)| from) as usize / SECTOR
+    }
+
+    /// Sectors that a write or discard changes.
+    fn sectors(&self) -> usize {
+        self.discarded().map_or(self.data.len(), |(from, to)| (to - from) as usize) / SECTOR
+    }
+}
+
 /// An error that was injected: which image, what, where; or left over from a process that died.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Injected {
@@ -67,8 +91,14 @@ pub struct Media {
     numbers: u64,
     pub injected: Vec<Injected>,
     pub flush_failed: Vec<usize>,
+    /// Images turn out to know no discard.
+    pub no_discard: bool,
     /// Transfers started since the world began.
     pub transfers: u64,
+    /// Sectors of images that a grant copy may just have written: image, first, count.
+    direct: Vec<(usize, usize, usize)>,
+    /// Images of which no transfer ever ends.
+    pub hung: BTreeSet<usize>,
     /// The next transfer of this kind never ends.
     pub hang_next: Option<IoKind>,
 }
@@ -90,6 +120,29 @@ impl Media {
         self.images.len() - 1
     }
 
+    /// True for an address in an image's own memory.
+    pub fn holds(&self, address: *const u8) -> bool {
+        self.images.iter().any(|image| image.visible.as_flattened().as_ptr_range().contains(&address))
+    }
+
+    /// Grant copies were made, some perhaps straight to images: what is visible there now is a version of its own, and such
+    /// a write is finished for every flush from now on.
+    pub fn copied(&mut self, is_local: &dyn Fn(*const u8) -> bool) {
+        for (image, first, count) in self.direct.clone() {
+            let image = &mut self.images[image];
+            if !(first..first + count).any(|sector| is_local(image.visible[sector].as_ptr())) {
+                continue;
+            }
+            self.numbers += 1;
+            for sector in first..first + count {
+                let version = Version { write: self.numbers, bytes: image.visible[sector] };
+                image.cached.entry(sector).or_default().push(version);
+            }
+            image.taken.insert(self.numbers);
+            image.taken_last = self.numbers;
+        }
+    }
+
     /// When the next transfer is done, if any ever is.
     pub fn next_due(&self) -> Option<u64> {
         self.running.iter().map(|one| one.due_us).filter(|due| *due != u64::MAX).min()
@@ -101,15 +154,18 @@ impl Media {
 
     /// Lets the transfers that never end go on.
     pub fn unhang(&mut self) {
+        self.hung.clear();
         self.running.iter_mut().filter(|one| one.due_us == u64::MAX).for_each(|one| one.due_us = 0);
     }
 
     /// The process is gone. What the kernel had begun is done, in part, or never; it is over before a successor opens
     /// the image.
     pub fn process_died(&mut self, chance: &mut dyn FnMut() -> bool) {
+        self.copied(&|_| true);
+        self.direct.clear();
         self.queued.clear();
         for one in std::mem::take(&mut self.running) {
-            for n in 0..one.data.len() / SECTOR {
+            for n in 0..one.sectors() {
                 if chance() {
                     self.land(&one, n);
                 }
@@ -125,9 +181,11 @@ impl Media {
     /// The host loses power: of each sector any version survives that was not older than the last that a flush made
     /// durable; `torn` mixes two of them.
     pub fn power_loss(&mut self, torn: bool, pick: &mut dyn FnMut(usize) -> usize) {
+        self.copied(&|_| true);
+        self.direct.clear();
         self.queued.clear();
         for one in std::mem::take(&mut self.running) {
-            for n in 0..one.data.len() / SECTOR {
+            for n in 0..one.sectors() {
                 if pick(2) == 0 {
                     self.land(&one, n);
                 }
@@ -157,12 +215,14 @@ impl Media {
         }
     }
 
-    /// Sector `n` of a write reaches the cache.
+    /// Sector `n` of a write, or of what a discard lets go, reaches the cache.
     fn land(&mut self, one: &Running, n: usize) {
         let image = &mut self.images[one.image];
-        let sector = one.io.offset_bytes as usize / SECTOR + n;
+        let sector = one.first_sector() + n;
         let mut bytes = [0; SECTOR];
-        bytes.copy_from_slice(&one.data[n * SECTOR..(n + 1) * SECTOR]);
+        if one.io.kind == IoKind::Write {
+            bytes.copy_from_slice(&one.data[n * SECTOR..(n + 1) * SECTOR]);
+        }
         image.visible[sector] = bytes;
         image.cached.entry(sector).or_default().push(Version { write: one.number, bytes });
     }
@@ -192,6 +252,15 @@ impl Media {
             }
         }
         image.cached.retain(|_, versions| !versions.is_empty());
+    }
+
+    /// Somebody makes an image longer or shorter.
+    pub fn resize(&mut self, image: usize, sectors: usize) {
+        let image = &mut self.images[image];
+        image.cached.retain(|sector, _| *sector < sectors);
+        image.forgotten.retain(|sector, _| *sector < sectors);
+        image.visible.resize(sectors, [0; SECTOR]);
+        image.durable.resize(sectors, [0; SECTOR]);
     }
 
     /// The durable content of a sector; of the cache nothing is asked.
@@ -230,6 +299,24 @@ impl SimStorage {
         self.files.iter().flatten().count()
     }
 
+    /// What is in the memory of a transfer: the pool's, or a guest's page.
+    fn bytes(&self, span: Span) -> Vec<u8> {
+        if self.pool.contains(span) {
+            return self.pool.bytes(span).to_vec();
+        }
+        // SAFETY: a mapped page of a guest, which stays mapped until the transfer is done; if not, the test dies of it.
+        unsafe { std::slice::from_raw_parts(span.address(), span.length_bytes() as usize) }.to_vec()
+    }
+
+    /// Writes to the memory of a transfer.
+    fn fill(&mut self, span: Span, bytes: &[u8]) {
+        if !self.pool.copy_in(span, bytes) {
+            assert_eq!(span.length_bytes() as usize, bytes.len());
+            // SAFETY: as in `bytes`.
+            unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), span.address(), bytes.len()) };
+        }
+    }
+
     /// Opens an image by its number, without the detour over paths.
     pub fn open_image(&mut self, image: usize) -> FileId {
         self.files.push(Some(image));
@@ -245,15 +332,18 @@ impl SimStorage {
         let mut media = shared.media.borrow_mut();
         let rate = match one.io.kind {
             IoKind::Read => faults.read_error,
-            IoKind::Write => faults.write_error,
+            IoKind::Write | IoKind::Discard { .. } => faults.write_error,
             IoKind::Flush => faults.flush_error,
         };
         let error = shared.strikes(rate);
         let hidden = match one.io.kind {
             IoKind::Write => plant == Plant::WriteErrorHidden,
             IoKind::Flush => plant == Plant::FlushErrorHidden,
-            IoKind::Read => false,
+            IoKind::Read | IoKind::Discard { .. } => false,
         };
+        if matches!(one.io.kind, IoKind::Discard { .. }) && media.no_discard {
+            return Err(StorageError::Os(libc::EOPNOTSUPP));
+        }
         if error {
             let (image, kind, offset_bytes) = (one.image, one.io.kind, one.io.offset_bytes);
             media.injected.push(Injected { image, kind, offset_bytes, certain: true });
@@ -264,16 +354,23 @@ impl SimStorage {
                     let bytes =
                         media.images[one.image].visible.get(first + n).copied().unwrap_or([0; SECTOR]);
                     let part = one.io.span.part((n * SECTOR) as u32, SECTOR as u32).unwrap();
-                    assert!(self.pool.copy_in(part, &bytes));
+                    self.fill(part, &bytes);
                 }
             }
             IoKind::Read => {}
             IoKind::Write => {
-                if self.pool.bytes(one.io.span) != one.data {
+                if self.bytes(one.io.span) != one.data {
                     shared.fail("the memory of a write changed while it was in flight");
                 }
                 for n in 0..sectors {
                     if !error || shared.chance(1, 2) {
+                        media.land(one, n);
+                    }
+                }
+            }
+            IoKind::Discard { .. } => {
+                for n in 0..one.sectors() {
+                    if shared.chance(1, 2) {
                         media.land(one, n);
                     }
                 }
@@ -297,10 +394,11 @@ impl Storage for SimStorage {
     fn open(&mut self, token: u64, path: &str, access: Access) {
         self.shared.point("open", token, 0);
         let mut media = self.shared.media.borrow_mut();
+        let path = path.replace("//", "/");
         let found = media.images.iter_mut().position(|image| image.path == path);
         let answer = match found {
             Some(image) if media.images[image].read_only && access == Access::ReadWrite => {
-                Err(OpenError { path: path.to_owned(), reason: "is read-only".to_owned() })
+                Err(OpenError { path, reason: "is read-only".to_owned() })
             }
             Some(image) => {
                 self.files.push(Some(image));
@@ -310,16 +408,22 @@ impl Storage for SimStorage {
                     size_bytes: (media.images[image].visible.len() * SECTOR) as u64,
                     physical_block_bytes: 512,
                     direct: true,
+                    discard: (!media.images[image].read_only).then_some(UNIT),
                     locked: true,
                 })
             }
-            None => Err(OpenError { path: path.to_owned(), reason: "does not exist".to_owned() }),
+            None => Err(OpenError { path, reason: "does not exist".to_owned() }),
         };
         self.opened.push_back((token, answer));
     }
 
     fn opened(&mut self) -> Option<(u64, Result<Opened, OpenError>)> {
         self.opened.pop_front()
+    }
+
+    fn measure(&mut self, file: FileId) -> Option<u64> {
+        let image = self.files.get(file.0 as usize).copied().flatten()?;
+        Some((self.shared.media.borrow().images[image].visible.len() * SECTOR) as u64)
     }
 
     fn close(&mut self, file: FileId) {
@@ -337,6 +441,36 @@ impl Storage for SimStorage {
         &mut self.pool
     }
 
+    fn direct(&mut self, file: FileId, kind: IoKind, offset_bytes: u64, length_bytes: u32) -> Option<Span> {
+        if !self.shared.strikes(self.shared.direct.get().0) {
+            return None;
+        }
+        let image = self.files.get(file.0 as usize).copied().flatten()?;
+        let mut media = self.shared.media.borrow_mut();
+        let (first, count) = (offset_bytes as usize / SECTOR, length_bytes as usize / SECTOR);
+        let opened = &mut media.images[image];
+        let bytes = opened.visible.get_mut(first..first + count)?.as_flattened_mut();
+        // SAFETY: an image's sectors stay where they are for the life of the world; who copies to or from them does so
+        // alone, on this thread.
+        let span = unsafe { Span::foreign(bytes.as_mut_ptr(), length_bytes) };
+        if kind == IoKind::Write {
+            if opened.read_only {
+                return None;
+            }
+            media.direct.push((image, first, count));
+        }
+        self.shared.note("direct", offset_bytes, length_bytes.into());
+        Some(span)
+    }
+
+    fn takes_pages(&mut self, _: FileId) -> bool {
+        self.shared.direct.get().0 > 0
+    }
+
+    fn not_direct(&mut self, file: FileId) {
+        self.shared.note("not direct", file.0.into(), 0);
+    }
+
     fn queue(&mut self, io: Io) {
         self.shared.point("queue", io.offset_bytes, io.span.length_bytes().into());
         let Some(image) = self.files.get(io.file.0 as usize).copied().flatten() else {
@@ -344,16 +478,20 @@ impl Storage for SimStorage {
         };
         let mut media = self.shared.media.borrow_mut();
         let aligned = io.offset_bytes.is_multiple_of(512) && io.span.length_bytes().is_multiple_of(512);
-        let end = io.offset_bytes.saturating_add(io.span.length_bytes().into()) as usize;
+        let length = match io.kind {
+            IoKind::Discard { length_bytes } => length_bytes,
+            _ => io.span.length_bytes().into(),
+        };
+        let end = io.offset_bytes.saturating_add(length) as usize;
         if !aligned || end > media.images[image].visible.len() * SECTOR {
             self.shared.fail(format!("a transfer outside the image: {io:?}"));
         }
-        if media.images[image].read_only && io.kind == IoKind::Write {
+        if media.images[image].read_only && matches!(io.kind, IoKind::Write | IoKind::Discard { .. }) {
             self.shared.fail("a write to an image that was opened to be read");
         }
         media.numbers += 1;
         let number = media.numbers;
-        let data = if io.kind == IoKind::Write { self.pool.bytes(io.span).to_vec() } else { Vec::new() };
+        let data = if io.kind == IoKind::Write { self.bytes(io.span) } else { Vec::new() };
         let mut covers =
             if io.kind == IoKind::Flush { media.images[image].taken.clone() } else { BTreeSet::new() };
         if self.shared.plant.get() == Plant::FlushSkipsLast {
@@ -367,22 +505,27 @@ impl Storage for SimStorage {
     }
 
     fn submit(&mut self) {
+        self.shared.media.borrow_mut().direct.clear();
         self.shared.point("submit", 0, 0);
         let (faults, now) = (self.shared.faults.get(), self.shared.clock.now_us());
-        let mut media = self.shared.media.borrow_mut();
+        let shared = self.shared.clone();
+        let mut media = shared.media.borrow_mut();
         for mut one in std::mem::take(&mut media.queued) {
             let mut latency = self.shared.below(faults.latency_us_max + 1);
             if self.shared.strikes(faults.slow) {
                 latency *= 100;
             }
             one.due_us = now + latency;
+            if media.hung.contains(&one.image) {
+                one.due_us = u64::MAX;
+            }
             if media.hang_next == Some(one.io.kind) {
                 media.hang_next = None;
                 one.due_us = u64::MAX;
             }
             if one.io.kind == IoKind::Read {
                 // The device may write there from now on.
-                self.pool.bytes_mut(one.io.span).fill(0xA5);
+                self.fill(one.io.span, &vec![0xA5; one.io.span.length_bytes() as usize]);
             }
             media.transfers += 1;
             media.running.push(one);
@@ -402,7 +545,7 @@ impl Storage for SimStorage {
             media.running.swap_remove(ready[self.shared.index(ready.len())])
         };
         let result = self.finish(&one);
-        if one.io.kind == IoKind::Write {
+        if matches!(one.io.kind, IoKind::Write | IoKind::Discard { .. }) {
             let mut media = self.shared.media.borrow_mut();
             let image = &mut media.images[one.image];
             image.taken.insert(one.number);

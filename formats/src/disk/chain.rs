@@ -155,7 +155,7 @@ impl Disk {
             return;
         }
         let whole = run.sectors / unit;
-        let last_is_cut = first + run.sectors >= self.sectors && run.sectors % unit > 0;
+        let last_is_cut = first + run.sectors >= self.sectors && !run.sectors.is_multiple_of(unit);
         let count = whole + u64::from(last_is_cut);
         let Some(line) = self.claim_line(pages, first / unit) else { return };
         let bytes = pages.bytes_mut(line);
@@ -166,7 +166,7 @@ impl Disk {
         let step = if entry & 3 == DATA { unit << 9 } else { 0 };
         for at in 0..count {
             let index = first / unit + at;
-            if at > 0 && index % ENTRIES == 0 {
+            if at > 0 && index.is_multiple_of(ENTRIES) {
                 break;
             }
             put_entry(bytes, index, entry.wrapping_add(at.wrapping_mul(step)));

@@ -78,7 +78,9 @@ impl Epochs {
 
     /// Takes the next flush whose writes have ended.
     pub(super) fn flush_ready(&mut self) -> Option<u64> {
-        self.closed.pop_front_if(|(writes, _)| *writes == 0).map(|(_, token)| token)
+        let (_, token) = *self.closed.front().filter(|(writes, _)| *writes == 0)?;
+        self.closed.pop_front();
+        Some(token)
     }
 
     pub(super) fn flushes(&self) -> usize {

@@ -74,7 +74,8 @@ impl Disk {
 
     /// Runs whoever can run, until nobody can.
     pub(super) fn advance(&mut self, pages: &mut Pages) {
-        for tries in 0..=IDLE_TRIES {
+        let mut tries = 0;
+        loop {
             while let Some(actor) = self.ready.pop_front() {
                 match actor {
                     Actor::Request(at) => self.run_request(pages, at),
@@ -90,8 +91,10 @@ impl Disk {
             if self.ready.is_empty() && (self.busy.is_empty() || self.flights.count() > 0) {
                 return;
             }
-            if tries == IDLE_TRIES {
-                return self.unstick(pages);
+            tries += 1;
+            if tries > IDLE_TRIES {
+                // Flushes may have waited for who is failed: once more, and nobody waits any longer.
+                self.unstick(pages);
             }
             self.poke = true;
             self.ready.append(&mut self.busy);
@@ -286,11 +289,13 @@ impl Disk {
         }
         let ledger = &self.shared.ledger;
         let planted = ledger.planted;
-        while let Some((token, ..)) = self.epochs.syncing.pop_front_if(|(_, stamp, tick)| {
-            ledger.failed()
-                || (ledger.is_durable(*stamp) || planted.no_flush_pages)
-                    && (ledger.is_synced(*tick) || planted.no_flush)
-        }) {
+        while let Some(&(token, stamp, tick)) = self.epochs.syncing.front() {
+            let durable = ledger.is_durable(stamp) || planted.no_flush_pages;
+            let synced = ledger.is_synced(tick) || planted.no_flush;
+            if !(ledger.failed() || durable && synced) {
+                return;
+            }
+            self.epochs.syncing.pop_front();
             let result = if ledger.failed() { Err(Failure::SyncFailed) } else { Ok(()) };
             self.outcomes.push_back(Outcome { token, result });
         }

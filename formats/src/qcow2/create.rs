@@ -70,7 +70,7 @@ pub fn create(medium: &mut dyn Medium, create: &Create) -> Result<(), Failure> {
         && (shape.version == 3 || (shape.refcount_order == 4 && !shape.extended))
         && (!shape.extended || shape.cluster_bits >= 14)
         && (create.compression == Compression::Zlib || shape.version == 3)
-        && create.size_bytes % 512 == 0
+        && create.size_bytes.is_multiple_of(512)
         && create.size_bytes <= 1 << 62;
     if !sane {
         return Err(Failure::Unsupported);

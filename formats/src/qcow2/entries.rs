@@ -59,7 +59,7 @@ impl Qcow2 {
     pub(super) fn check_host(&self, host: u64, length: u64, at_bytes: u64) -> Result<(), Corruption> {
         let wrong = |what| Err(Corruption { what, at_bytes });
         let end = host.saturating_add(length);
-        if host % self.shape.cluster_bytes() != 0 {
+        if !host.is_multiple_of(self.shape.cluster_bytes()) {
             return wrong("offset not aligned to a cluster");
         }
         if host >= self.space.end_bytes(&self.shape) {

@@ -226,17 +226,19 @@ impl Header {
         if self.size_bytes.div_ceil(shape.l2_covers_bytes()) > u64::from(self.l1_entries) {
             return Err(wrong("L1 table too short for the virtual size", field::L1_ENTRIES));
         }
-        if self.l1_offset % cluster != 0 || (self.l1_entries > 0 && self.l1_offset == 0) {
+        if !self.l1_offset.is_multiple_of(cluster) || (self.l1_entries > 0 && self.l1_offset == 0) {
             return Err(wrong("L1 table offset", field::L1_OFFSET));
         }
-        if self.reftable_offset % cluster != 0 || self.reftable_offset == 0 {
+        if !self.reftable_offset.is_multiple_of(cluster) || self.reftable_offset == 0 {
             return Err(wrong("refcount table offset", field::REFTABLE_OFFSET));
         }
         let reftable = u64::from(self.reftable_clusters).saturating_mul(cluster);
         if reftable == 0 || reftable > REFTABLE_BYTES_MAX.max(cluster) {
             return Err(wrong("refcount table length", field::REFTABLE_CLUSTERS));
         }
-        if self.snapshots > SNAPSHOTS_MAX || (self.snapshots > 0 && self.snapshots_offset % cluster != 0) {
+        if self.snapshots > SNAPSHOTS_MAX
+            || (self.snapshots > 0 && !self.snapshots_offset.is_multiple_of(cluster))
+        {
             return Err(wrong("snapshot table", 60));
         }
         Ok(())
@@ -347,7 +349,7 @@ fn read_bitmaps(data: &[u8], at: usize, shape: &Shape) -> Result<Bitmaps, Unsupp
         || found.directory_bytes == 0
         || found.directory_bytes > BITMAP_DIRECTORY_BYTES_MAX
         || found.directory_offset == 0
-        || found.directory_offset % shape.cluster_bytes() != 0;
+        || !found.directory_offset.is_multiple_of(shape.cluster_bytes());
     if bad { Err(wrong("bitmaps extension", at)) } else { Ok(found) }
 }
 

@@ -114,7 +114,7 @@ fn last_used(medium: &mut dyn Medium, header: &Header) -> Result<u64, Unsupporte
         if entry == 0 {
             continue;
         }
-        if entry % shape.cluster_bytes() != 0 {
+        if !entry.is_multiple_of(shape.cluster_bytes()) {
             let at_bytes = at + number * 8;
             return Err(Unsupported::Malformed(Corruption { what: "refcount table entry", at_bytes }));
         }

@@ -22,7 +22,7 @@ pub fn grow(medium: &mut dyn Medium, size_bytes: u64) -> Result<(), Unsupported>
     if header.incompatible & (DIRTY | CORRUPT) != 0 {
         return Err(Unsupported::Refused("it was not closed, or is marked as corrupt: repair it first"));
     }
-    if size_bytes % 512 != 0 || size_bytes > 1 << 62 {
+    if !size_bytes.is_multiple_of(512) || size_bytes > 1 << 62 {
         return Err(Unsupported::Refused("a size is a multiple of 512"));
     }
     if size_bytes < header.size_bytes {

@@ -145,7 +145,7 @@ impl Shape {
         {
             return Err(wrong("reserved bits of an L2 entry"));
         }
-        if host % self.cluster_bytes() != 0 {
+        if !host.is_multiple_of(self.cluster_bytes()) {
             return Err(wrong("L2 entry not aligned to a cluster"));
         }
         let copied = entry & COPIED != 0;

@@ -51,7 +51,7 @@ impl Walk<'_> {
         let cluster = self.header.shape.cluster_bytes();
         let count = self.clusters(bytes);
         let first = offset / cluster;
-        if offset % cluster != 0 || first.saturating_add(count) > self.end {
+        if !offset.is_multiple_of(cluster) || first.saturating_add(count) > self.end {
             Walk::wrong(visitor, "reference that is not aligned, or beyond the end of the file", at_bytes);
             return false;
         }

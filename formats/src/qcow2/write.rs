@@ -271,7 +271,7 @@ impl Qcow2 {
             return Ok(if discard { Zeroed::Done { sectors } } else { Zeroed::Write { sectors } });
         };
         let (from, to) = (within.div_ceil(unit), end / unit);
-        if self.shape.extended && within % unit == 0 && from < to {
+        if self.shape.extended && within.is_multiple_of(unit) && from < to {
             let mask = self.shape.mask(from, to);
             let sectors = (to - from) * unit / SECTOR_BYTES;
             let (data, zero) = (data & !mask, zero | mask);

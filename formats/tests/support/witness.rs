@@ -84,7 +84,7 @@ impl<'a> Witness<'a> {
         } else {
             (host != 0 && entry & 1 == 0, entry & 1 == 1)
         };
-        assert!(!(data && zero) && (!data || host != 0), "entry {entry:x} {bitmap:x}");
+        assert!(!data || !zero && host != 0, "entry {entry:x} {bitmap:x}");
         if zero {
             return Found::Value(0);
         }
@@ -121,7 +121,7 @@ impl<'a> Witness<'a> {
         let clusters = (self.bytes.len() as u64).div_ceil(self.cluster);
         let mut named = vec![0_u64; clusters as usize];
         let mut name = |at: u64, bytes: u64, what: &str| {
-            assert!(at % self.cluster == 0, "{what} at {at} is not aligned");
+            assert!(at.is_multiple_of(self.cluster), "{what} at {at} is not aligned");
             for cluster in at / self.cluster..(at + bytes).div_ceil(self.cluster) {
                 assert!(cluster < clusters, "{what} behind the end");
                 named[cluster as usize] += 1;

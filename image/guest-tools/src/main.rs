@@ -3,11 +3,13 @@
 //! - `pattern SEED BYTES`: prints pseudo-random bytes that anyone can make again.
 //! - `load PATH SHAPE DEPTH REQUESTS [SEED]`: a counted load; SHAPE is randread, randwrite (4 KiB), read or write (128 KiB).
 //! - `verify PATH BLOCKS STOP-FILE SECONDS [SEED [PAUSE_MS]]`: writes and checks 4 KiB blocks until STOP-FILE exists.
+//! - `hammer PATH THREADS REGION_KIB STOP-FILE SECONDS [SEED [FIRST_REGION]]`: the same from several threads, with all sizes.
 //! - `ask TTY LOG SECONDS LOOK_MS COMMAND`: run in dom0; has the agent at the other end of a console run COMMAND.
 #![allow(clippy::print_stdout, clippy::print_stderr)] // a command-line tool whose output is its purpose
 
 mod ask;
 mod direct;
+mod hammer;
 mod load;
 mod pattern;
 mod verify;
@@ -16,7 +18,8 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 const USAGE: &str = "usage: vbdd-guest pattern SEED BYTES | load PATH SHAPE DEPTH REQUESTS [SEED] | \
-                     verify PATH BLOCKS STOP-FILE SECONDS [SEED [PAUSE_MS]] | ask TTY LOG SECONDS LOOK_MS COMMAND";
+                     verify PATH BLOCKS STOP-FILE SECONDS [SEED [PAUSE_MS]] | \
+                     hammer PATH THREADS REGION_KIB STOP-FILE SECONDS [SEED [FIRST_REGION]] | ask TTY LOG SECONDS LOOK_MS COMMAND";
 
 fn word(words: &[String], at: usize) -> Result<&str, String> {
     words.get(at).map(String::as_str).ok_or_else(|| USAGE.to_owned())
@@ -49,6 +52,18 @@ fn run(words: &[String]) -> Result<u8, String> {
             let (longest, pause) = (Duration::from_secs(number(words, 4)?), Duration::from_millis(pause));
             let limits = verify::Limits { longest, pause };
             verify::run(word(words, 1)?, number(words, 2)?, word(words, 3)?, limits, seed(words, 5)?)?
+        }
+        "hammer" => {
+            let job = hammer::Job {
+                path: word(words, 1)?.to_owned(),
+                threads: number(words, 2)?,
+                region_bytes: number(words, 3)? << 10,
+                stop: word(words, 4)?.to_owned(),
+                longest: Duration::from_secs(number(words, 5)?),
+                seed: seed(words, 6)?,
+                first_region: if words.len() > 7 { number(words, 7)? } else { 0 },
+            };
+            hammer::run(&job)?
         }
         _ => return Err(USAGE.to_owned()),
     };

@@ -16,8 +16,8 @@ const UNBIND: Opcode = 0x0004_4503;
 const NOTIFY: Opcode = 0x0004_4504;
 const RESET: Opcode = 0x0000_4505;
 
-/// Ports that one `read` can return: the kernel hands out at most a page of them.
-const PORTS_PER_READ: usize = 256;
+/// Ports that are read or unmasked with one call. Few, as the memory for them is cleared each time.
+const PORTS_PER_READ: usize = 32;
 
 /// A call whose result is the ioctl's return value, with a structure going in.
 struct Call<const OPCODE: Opcode, T>(T);

@@ -53,7 +53,7 @@ wait_for() {
 
 # ------------------------------------------------------------------------------------------------------ domains
 
-# create NAME KIND RAMDISK MEMORY [OPTION LINE]...: creates a domain, paused. KIND: pv, pvh, grub.
+# create NAME KIND RAMDISK MEMORY [OPTION LINE]...: creates a domain, paused. KIND: pv, pvh, grub, pvhgrub. VCPUS: how many. KERNEL: another one.
 create() {
   local name=$1 kind=$2 ramdisk=$3 memory=$4 config=/run/$1.cfg line
   shift 4
@@ -61,18 +61,25 @@ create() {
   {
     echo "name='$name'"
     echo "memory=$memory"
-    echo "vcpus=1"
+    echo "vcpus=${VCPUS:-1}"
     echo "on_crash='preserve'"
     case $kind in
       grub) echo "type='pv'"; echo "kernel='/usr/lib/grub-xen/grub-x86_64-xen.bin'" ;;
-      *) echo "type='$kind'"; echo "kernel='/domains/vmlinux'"; echo "ramdisk='$ramdisk'" ;;
+      pvhgrub) echo "type='pvh'"; echo "kernel='/usr/lib/grub-xen/grub-i386-xen_pvh.bin'" ;;
+      *) echo "type='$kind'"; echo "kernel='${KERNEL:-/domains/vmlinux}'"; echo "ramdisk='$ramdisk'" ;;
     esac
     # An intercepted RDTSCP kills PVH guests under QEMU; native TSC avoids the interception.
-    [ "$kind" = pvh ] && echo "tsc_mode='native'"
+    case $kind in pvh*) echo "tsc_mode='native'" ;; esac
     for line in "$@"; do echo "$line"; done
   } >"$config"
   xl create -p -q "$config" >"/run/$name.xl" 2>&1 || { warn "xl create $name: $(tail -2 "/run/$name.xl" | tr '\n' ' ')"; return 1; }
-  xl domid "$name" >"/run/$name.domid"
+  adopt "$name"
+}
+
+# adopt NAME: learns a domain's number and its console, which a restored domain has anew.
+adopt() {
+  local name=$1
+  xl domid "$name" >"/run/$name.domid" || return 1
   xenstore-read "/local/domain/$(domid "$name")/console/tty" >"/run/$name.tty" 2>/dev/null ||
     { wait_for xenstore-exists "/local/domain/$(domid "$name")/console/tty" &&
       xenstore-read "/local/domain/$(domid "$name")/console/tty" >"/run/$name.tty"; }
