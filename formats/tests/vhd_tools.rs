@@ -282,7 +282,8 @@ fn hiding_survives_crashes() {
 fn repair_mends_footers_and_the_batmap() {
     let good = fill(blank(Kind::Dynamic, 3, 0, None, false, None), &[0, 2]);
     let end = good.length() - 512;
-    let breakages: [(&str, fn(&mut Sparse, u64)); 5] = [
+    type Harm = fn(&mut Sparse, u64);
+    let breakages: [(&str, Harm); 5] = [
         ("no footer", |medium, end| medium.write(end, &[0xc7; 512]).unwrap()),
         ("copy", |medium, _| medium.write(0, &[0; 512]).unwrap()),
         ("cut", |medium, end| medium.set_length(end).unwrap()),
