@@ -1,6 +1,6 @@
 //! VHDs that qemu made, read and written here, and ours read and written by qemu; chains read by libvhdi (PyPI, libvhdi-python).
 //! qemu is no judge of differencing images: it opens them as dynamic ones and reads holes as zero.
-#![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, clippy::print_stdout)]
 #![allow(clippy::cast_possible_truncation)]
 
 mod support;

@@ -1,5 +1,5 @@
 //! Tools for VHDs: create, info, check, repair, grow, parents, hiding; and crashes in the middle of each.
-#![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, clippy::print_stdout)]
 #![allow(clippy::cast_possible_truncation)]
 
 mod support;
