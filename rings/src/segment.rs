@@ -92,13 +92,13 @@ impl Indirect {
     /// How much of the page is to be copied, in bytes: 8 to 2048.
     #[must_use]
     pub fn descriptor_bytes(&self) -> u32 {
-        u32::from(self.count) * DESCRIPTOR_BYTES as u32
+        u32::from(self.count) * 8
     }
 
     /// The most data that the segments can name, in bytes.
     #[must_use]
     pub fn length_bytes_max(&self) -> u32 {
-        u32::from(self.count) * RING_PAGE_BYTES as u32
+        u32::from(self.count) * 4096
     }
 }
 

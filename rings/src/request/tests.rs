@@ -130,8 +130,9 @@ fn an_indirect_request_is_read_alike_in_every_abi() {
             (Operation::Write, 92, 1 << 20)
         );
         let mut page = [0; 4096];
-        for (n, entry) in page.as_chunks_mut::<8>().0.iter_mut().enumerate() {
-            *entry = Segment { grant: n as u32, first: (n % 8) as u8, last: 7 }.to_bytes();
+        for (grant, entry) in (0..).zip(page.as_chunks_mut::<8>().0) {
+            let first = u8::try_from(grant % 8).unwrap();
+            *entry = Segment { grant, first, last: 7 }.to_bytes();
         }
         request.describe(&page[..2048]).unwrap();
         // 1 to 8 sectors each, 36 in eight segments.
