@@ -95,6 +95,8 @@ pub(super) struct Copies {
     pub(super) incoming_long: Batch,
     pub(super) outgoing: Batch,
     pub(super) outgoing_long: Batch,
+    /// Segments copied in this round.
+    pub(super) copied: usize,
     /// Batches that failed as a whole.
     failed: u64,
     /// Whether a part of the batch that was copied last failed as a whole even by itself.
@@ -146,6 +148,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         if progress {
             let end = batch.segments.len().min(batch.at.saturating_add(most));
             self.copy(batch.segments.get_mut(batch.at..end).unwrap_or(&mut []));
+            self.scratch.copies.copied += end - batch.at;
             batch.at = end;
             while let Some((request, failed)) = batch.next_done() {
                 then(self, request.queue, request.place, failed);
