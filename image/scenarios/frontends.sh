@@ -80,10 +80,14 @@ test_queues() {
   [ "$(grants_of "$id" 0)" = "$grants0" ] || fail "grants were not given back"
 }
 
-# The same with persistent grants: the guest's pages stay mapped, and all of them are given back at the end.
+# The same with persistent grants, which vbdd uses where the image is in memory: the guest's pages stay mapped, and all of them are
+# given back at the end.
 test_persistent() {
-  vbdd_stop dom0 && VBDD_OPTIONS=--persistent-grants vbdd_start dom0 || fail "vbdd did not start with --persistent-grants"
+  IMAGES=/run/images
+  mkdir -p $IMAGES
+  vbdd_stop dom0 && VBDD_OPTIONS="--persistent-grants --root $IMAGES" vbdd_start dom0 || fail "vbdd did not start with --persistent-grants"
   PERSISTENT=1 test_queues "$@"
+  rm -r $IMAGES
   vbdd_stop dom0 && vbdd_start dom0 || fail "vbdd did not start again"
 }
 
