@@ -72,7 +72,7 @@ pub struct WorkId(pub u32);
 pub struct Work {
     /// Its name for [`Disk::done`].
     pub id: WorkId,
-    /// In which image: the number given to [`Disk::new`] or [`Disk::push_leaf`].
+    /// In which image: the number given to [`Disk::new`].
     pub image: u32,
     /// What.
     pub kind: WorkKind,
@@ -363,7 +363,8 @@ impl Disk {
         self.closed
     }
 
-    /// Writes dirty pages although nobody waits for it: for a quiet moment.
+    /// Writes dirty pages although nobody waits for it: to be called about once a second, so that a guest that neither flushes nor
+    /// does anything else does not keep the cache's pages from others.
     pub fn write_back(&mut self, pages: &mut Pages) {
         let stamp = self.shared.ledger.stamp();
         self.shared.ledger.want(stamp);

@@ -141,6 +141,32 @@ fn a_dirty_image_is_refused_and_opens_after_the_repair() {
 }
 
 #[test]
+fn an_image_with_lazy_refcounts_whose_writer_died_is_repaired() {
+    if !has_qemu() {
+        return;
+    }
+    let dir = Scratch::new("lazy");
+    for cluster in ["512", "4k", "64k"] {
+        let options = format!("lazy_refcounts=on,cluster_size={cluster}");
+        run(&dir, "qemu-img", &["create", "-q", "-f", "qcow2", "-o", &options, "leaf.qcow2", "20M"]);
+        let writes = ["-c", "write -P 7 1M 2M", "-c", "write -P 8 9M 1M", "-c", "flush", "-c", "abort"];
+        let _ = tool(&dir, "qemu-io", &[&["-f", "qcow2"], &writes[..], &["leaf.qcow2"]].concat());
+        let mut medium = FileMedium::open(&dir.path("leaf.qcow2"), true);
+        assert!(Header::read(&mut medium).unwrap().incompatible & DIRTY != 0);
+        let report = check(&mut medium, Fix::All).unwrap();
+        assert!(report.corruptions > 0 && report.is_clean(), "{cluster}: {report:?}");
+        let (code, text) = tool(&dir, "qemu-img", &["check", "-f", "qcow2", "leaf.qcow2"]);
+        assert_eq!(code, 0, "{cluster}: {text}");
+        let text = run(
+            &dir,
+            "qemu-io",
+            &["-f", "qcow2", "-c", "read -P 7 1M 2M", "-c", "read -P 8 9M 1M", "leaf.qcow2"],
+        );
+        assert!(!text.contains("failed"), "{cluster}: {text}");
+    }
+}
+
+#[test]
 fn the_map_says_what_qemu_says() {
     if !has_qemu() {
         return;

@@ -211,7 +211,8 @@ impl Disk {
                         return Ok(sectors);
                     }
                     Zeroed::InPlace { offset_bytes, sectors } => {
-                        let (kind, length_bytes) = (WorkKind::Zero, bytes_of(sectors));
+                        let kind = if op == Op::Discard { WorkKind::Punch } else { WorkKind::Zero };
+                        let length_bytes = bytes_of(sectors);
                         let payload = Payload::None;
                         self.start_guest(
                             at,

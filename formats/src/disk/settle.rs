@@ -312,7 +312,8 @@ impl Disk {
         }
         let image = self.leaf_image();
         let length_bytes = self.layers.first().map_or(0, |leaf| u64::from(leaf.format.page_bytes()));
-        match self.shared.ledger.next(pages, self.limits.dirty_pages) {
+        let limit = if pages.crowded() { 0 } else { self.limits.dirty_pages };
+        match self.shared.ledger.next(pages, limit) {
             Next::Nothing => {}
             Next::Sync => {
                 let id = self.flights.add(Flight::Sync);
