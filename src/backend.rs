@@ -126,6 +126,9 @@ pub struct Backend<H, S> {
     unlisted: Vec<Purpose>,
     /// Watches that xenstored refused, to be asked for again.
     unwatched: Vec<(Duration, WatchToken, Path)>,
+    /// No timer of a device is due before this: the loop passes here with every batch of requests, and must not look at
+    /// every device. May be too early, as timers are cancelled.
+    timers_due: Option<Duration>,
     /// When the sizes of the images were looked at.
     sizes_at: Duration,
     stopping: bool,
@@ -156,6 +159,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
             crowded: Vec::new(),
             unlisted: Vec::new(),
             unwatched: Vec::new(),
+            timers_due: None,
             sizes_at: now,
             stopping: false,
         }
@@ -206,14 +210,20 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
     /// When [`Backend::turn`] is due though nothing happens.
     #[must_use]
     pub fn deadline(&self) -> Option<Duration> {
-        let timers =
-            self.devices.values().flat_map(|device| device.timers.values().copied().chain(device.read_at));
         let watches = self.unwatched.iter().map(|(at, ..)| *at);
-        timers.chain(watches).chain(self.pump.deadline()).min()
+        self.timers_due.into_iter().chain(watches).chain(self.pump.deadline()).min()
+    }
+
+    /// Something of a device is due at `at`.
+    fn due_at(&mut self, at: Duration) {
+        self.timers_due = Some(self.timers_due.map_or(at, |due| due.min(at)));
     }
 
     fn fire_timers(&mut self) {
         let now = self.now;
+        if self.timers_due.is_none_or(|due| due > now) {
+            return;
+        }
         for (address, device) in &mut self.devices {
             if device.timers.is_empty() && device.read_at.is_none() {
                 continue;
@@ -229,6 +239,9 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
                 self.crowded.push(*address);
             }
         }
+        let left =
+            self.devices.values().flat_map(|device| device.timers.values().copied().chain(device.read_at));
+        self.timers_due = left.min();
     }
 
     /// Takes an event of xenstore that somebody else has fetched.
@@ -414,6 +427,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
         let Some(device) = self.devices.get_mut(&address) else { return };
         if let Err(at) = device.reads.take(now, WORLD_READS_BURST, WORLD_READ_INTERVAL) {
             device.read_at = Some(at);
+            self.due_at(at);
             return;
         }
         let own = self.options.vbd.own_domain;

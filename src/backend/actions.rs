@@ -91,6 +91,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
                 let at = self.now + std::time::Duration::from_millis(timer.delay_ms());
                 if let Some(device) = self.devices.get_mut(&address) {
                     device.timers.insert(timer, at);
+                    self.due_at(at);
                 }
             }
             Action::CancelTimer(timer) => {
