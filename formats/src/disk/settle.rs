@@ -335,6 +335,10 @@ impl Disk {
         if self.in_flight() > 0 {
             return;
         }
+        if self.closing.is_some() && self.shared.ledger.failed() {
+            self.closing = None;
+            self.closed = Some(Err(Failure::SyncFailed));
+        }
         if let Some(Closing::Format) = self.closing {
             self.shared.users.0 = self.shared.users.1;
             let step: Step<()> =
