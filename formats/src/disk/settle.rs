@@ -60,6 +60,12 @@ impl Disk {
                 self.unpacker.busy = false;
                 self.part_ended(request, result);
             }
+            Flight::Turn(at) => {
+                if let Some(active) = self.active(at) {
+                    active.outstanding = active.outstanding.saturating_sub(1);
+                }
+                self.ready.push_back(Actor::Request(at));
+            }
             Flight::Order { tag, .. } => {
                 self.poke = true;
                 let _ = self.ask(pages, 0, |leaf, cx| {
