@@ -222,6 +222,12 @@ impl Context<'_> {
         self.ledger.want(stamp)
     }
 
+    /// Whether that change and all before it are durable already: for what has time.
+    #[must_use]
+    pub fn is_durable(&self, stamp: Stamp) -> bool {
+        self.ledger.is_durable(stamp)
+    }
+
     /// The sync behind which everything that has ended by now is durable.
     #[must_use]
     pub fn tick(&self) -> Tick {
