@@ -281,7 +281,7 @@ mod tests {
             let found = geometry(bytes);
             (u32::from(be16(&found, 0)), found[2], found[3])
         };
-        assert_eq!(chs(40 << 20), (1204, 4, 17));
+        assert_eq!(chs(40 << 20), (963, 5, 17));
         assert_eq!(chs(1 << 30), (2080, 16, 63));
         assert_eq!(chs(2040 << 30), (65535, 16, 255));
         assert_eq!(chs(0), (0, 4, 17));
