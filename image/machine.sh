@@ -33,7 +33,7 @@ machine() {
     -smp 1 -m "${MEMORY:-2048}" -nographic -no-reboot -nodefaults -net none -serial stdio -monitor none
     -kernel "$PACKAGES/xen.bin"
     -append "console=com1 com1=115200 dom0_mem=${DOM0_MEMORY:-768}M,max:${DOM0_MEMORY:-768}M dom0_max_vcpus=1 conring_size=256k loglvl=warning guest_loglvl=warning sched=credit ${XEN_OPTIONS:-}"
-    -initrd "$PACKAGES/vmlinux console=hvc0 loglevel=3,$WORK/dom0.cpio")
+    -initrd "$PACKAGES/vmlinux console=hvc0 loglevel=3 ${KERNEL_OPTIONS:-},$WORK/dom0.cpio")
   local n=0 disk
   for disk in "${DISKS[@]}"; do
     qemu+=(-drive "if=none,id=d$n,file=$disk,format=raw,cache=unsafe" -device "nvme,drive=d$n,serial=disk$n")

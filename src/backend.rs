@@ -9,6 +9,7 @@ mod media;
 mod notices;
 mod offers;
 mod queues;
+mod quotas;
 mod scan;
 mod status;
 
@@ -21,7 +22,7 @@ use xenstore::{JobId, Outcome, Path, WatchToken};
 
 use crate::hypervisor::{DomainId, Hypervisor};
 use crate::journal::JournalStore;
-use crate::limits::{SIZES_INTERVAL, WORLD_READ_INTERVAL, WORLD_READS_BURST};
+use crate::limits::{SIZES_INTERVAL, WORLD_READ_INTERVAL, WORLD_READ_NODES, WORLD_READS_BURST};
 use crate::pump::{DiskId, DiskPlan, Pump, PumpEvent, QueueId};
 use crate::queue::FrontendMisbehaved;
 use crate::storage::{Identity, OpenError, Opened, Storage};
@@ -32,6 +33,7 @@ use crate::vbd::{
 use crate::xenbus::Session;
 pub use media::Measured;
 use notices::Bucket;
+pub use quotas::disks_that_fit;
 pub use status::{DeviceStatus, Totals};
 
 /// What the backend was told to do.
@@ -42,6 +44,9 @@ pub struct Options {
     /// How each vbd behaves.
     pub vbd: Config,
 }
+
+// One job reads the nodes of the largest ring.
+const _: () = assert!(vbd::FURTHER_KEYS_MAX <= xenstore::limits::NODES_PER_JOB_MAX);
 
 /// What a xenstore job was for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -119,6 +124,11 @@ pub struct Backend<H, S> {
     crowded: Vec<Address>,
     /// Directories whose listing did: at most one for each guest and kind.
     unlisted: Vec<Purpose>,
+    /// No timer of a device is due before this: the loop passes here with every batch of requests, and must not look at
+    /// every device. May be too early, as timers are cancelled.
+    timers_due: Option<Duration>,
+    /// Watches that xenstored refused, to be asked for again.
+    unwatched: Vec<(Duration, WatchToken, Path)>,
     /// When the sizes of the images were looked at.
     sizes_at: Duration,
     stopping: bool,
@@ -148,6 +158,8 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
             pending: VecDeque::new(),
             crowded: Vec::new(),
             unlisted: Vec::new(),
+            timers_due: None,
+            unwatched: Vec::new(),
             sizes_at: now,
             stopping: false,
         }
@@ -181,6 +193,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
             self.sizes_at = now;
             self.look_at_sizes();
         }
+        self.watch_again(session);
         while let Some(event) = session.event() {
             self.store_event(session, event);
         }
@@ -197,13 +210,20 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
     /// When [`Backend::turn`] is due though nothing happens.
     #[must_use]
     pub fn deadline(&self) -> Option<Duration> {
-        let timers =
-            self.devices.values().flat_map(|device| device.timers.values().copied().chain(device.read_at));
-        timers.chain(self.pump.deadline()).min()
+        let watches = self.unwatched.iter().map(|(at, ..)| *at);
+        self.timers_due.into_iter().chain(watches).chain(self.pump.deadline()).min()
+    }
+
+    /// Something of a device is due at `at`.
+    fn due_at(&mut self, at: Duration) {
+        self.timers_due = Some(self.timers_due.map_or(at, |due| due.min(at)));
     }
 
     fn fire_timers(&mut self) {
         let now = self.now;
+        if self.timers_due.is_none_or(|due| due > now) {
+            return;
+        }
         for (address, device) in &mut self.devices {
             if device.timers.is_empty() && device.read_at.is_none() {
                 continue;
@@ -219,6 +239,9 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
                 self.crowded.push(*address);
             }
         }
+        let left =
+            self.devices.values().flat_map(|device| device.timers.values().copied().chain(device.read_at));
+        self.timers_due = left.min();
     }
 
     /// Takes an event of xenstore that somebody else has fetched.
@@ -230,13 +253,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
         match event {
             xenstore::Event::Reset => self.connection_made(session),
             xenstore::Event::Watch { token, path } => self.watch_fired(session, token, &path),
-            xenstore::Event::WatchFailed { token, path, code } => {
-                log::error!(
-                    "xenstore refused the watch of {path}: {code}; changes there go unseen (raise the domain's quota of \
-                     watches)"
-                );
-                let _ = token;
-            }
+            xenstore::Event::WatchFailed { token, path, code } => self.watch_refused(token, path, code),
             xenstore::Event::Job { id, outcome } => {
                 if let Some(purpose) = self.jobs.remove(&id) {
                     self.job_done(session, purpose, outcome);
@@ -393,15 +410,14 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
             self.notice(address, log::Level::Warn, &text);
         }
         let sectors = raw.geometry().sectors;
-        let disk = self.pump.add_disk(&DiskPlan::new(opened.file, sectors, request.read_only));
+        let (Identity::File { device, .. } | Identity::Device { number: device }) = opened.identity;
+        let plan = DiskPlan { device, ..DiskPlan::new(opened.file, sectors, request.read_only) };
+        let disk = self.pump.add_disk(&plan);
         let physical_sector_bytes = opened.physical_block_bytes;
         if let Some(device) = self.devices.get_mut(&address) {
             device.image = Some(OpenImage { opened, disk, request });
         }
-        let discard = opened.discard.map(|unit| vbd::Discard {
-            granularity_bytes: unit.granularity_bytes,
-            alignment_bytes: unit.alignment_bytes,
-        });
+        let discard = media::discard_of(&opened);
         Ok(vbd::Geometry { sectors, physical_sector_bytes, discard })
     }
 
@@ -411,6 +427,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
         let Some(device) = self.devices.get_mut(&address) else { return };
         if let Err(at) = device.reads.take(now, WORLD_READS_BURST, WORLD_READ_INTERVAL) {
             device.read_at = Some(at);
+            self.due_at(at);
             return;
         }
         let own = self.options.vbd.own_domain;
@@ -443,6 +460,9 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
         let paths: Vec<Path> =
             further.iter().filter_map(|key| actions::path_of(&address, own, key)).collect();
         let Some(device) = self.devices.get_mut(&address) else { return };
+        // Many queues are many nodes: they count as more reads.
+        let more = u32::try_from(paths.len()).unwrap_or(u32::MAX) / WORLD_READ_NODES;
+        device.reads.charge(self.now, more, WORLD_READ_INTERVAL);
         match session.submit(xenstore::Job::Read(paths)) {
             Ok(id) => {
                 device.partial = Some((world, further));

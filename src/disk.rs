@@ -51,6 +51,8 @@ pub struct Disk {
     pub read_only: bool,
     /// What frontends may ask for.
     pub offers: Offers,
+    /// The storage device below it: see `DiskPlan`.
+    pub device: u64,
     /// Answers go out in the order of taking.
     pub in_order: bool,
     current: u32,
@@ -78,6 +80,7 @@ impl Disk {
             image: Raw::of_sectors(plan.size_sectors),
             read_only: plan.read_only,
             offers: plan.offers,
+            device: plan.device,
             in_order: plan.in_order,
             current: 0,
             writes_in_current: 0,

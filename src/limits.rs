@@ -22,9 +22,12 @@ pub const REQUESTS_PER_TURN_MIN: u32 = 8;
 /// The request that passes it is the last, so 1 MiB more at most.
 pub const BYTES_PER_TURN: u32 = 32 * 44 * 1024;
 
-/// Segments that are copied to guests at a time, at 4 KiB each: 4 MiB, and one request more. Reads that have more data
-/// ready wait for the next round, so that a guest's large reads do not hold up the small ones of another.
+/// Segments of long requests that are copied at a time while one guest has the process for itself, at 4 KiB each: 4 MiB.
 pub const COLLECT_SEGMENTS: usize = 1024;
+
+/// Segments of long requests that are copied at a time while guests share the process: 256 KiB, some 25 us, after which it looks
+/// for events. What is no longer than a plain request is copied before them.
+pub const SLICE_SEGMENTS: usize = 64;
 
 /// Events without work that are let through at once. Honest frontends cause a few: a request that was found by the last
 /// look at the ring has sent its event too.
@@ -58,6 +61,25 @@ pub const MAPPED_FILE_BYTES_MAX: u64 = 64 << 30;
 /// How long the first in line for memory keeps others from passing, before what it waits for counts as hung.
 pub const STARVED_PATIENCE: Duration = Duration::from_secs(2);
 
+/// What one transfer counts at a storage device besides its bytes: 16 KiB, about what a solid-state disk moves in the time that a
+/// command takes by itself.
+pub const TRANSFER_COST: u64 = 16 << 10;
+
+/// What may be at a storage device at once while guests share it, before it has shown what keeps it busy: 384 KiB are 19
+/// transfers of 4 KiB, 6 of 44 KiB or 2 of 128 KiB. Whoever comes with one transfer goes at once, and what does not fit
+/// waits in the memory that its guest holds.
+pub const DEVICE_COST_FIRST: u64 = 384 << 10;
+
+/// The same at most, for storage that does the more the more it has.
+pub const DEVICE_COST_CONTENDED: u64 = 3 << 20;
+
+/// What may be at a storage device at once while one guest has it for itself: 4 MiB, which another that comes waits for once
+/// (2 ms at 2 GB/s). 256 transfers of 4 KiB count 5 MiB.
+pub const DEVICE_COST_ALONE: u64 = 4 << 20;
+
+/// How long a device counts as shared after the last transfer of the second guest.
+pub const DEVICE_CONTENDED_FOR: Duration = Duration::from_secs(1);
+
 /// Segments of an indirect request: 1 MiB of whole pages. One page of descriptors (2 048 bytes) is copied for each in
 /// flight, into data memory; at most eight pieces of 128 KiB hold its data.
 pub const INDIRECT_SEGMENTS: u16 = rings::INDIRECT_SEGMENTS_MAX;
@@ -77,14 +99,29 @@ pub const REPORTS_MAX: usize = 256;
 pub const DEVICES_MAX: usize = 1000;
 
 /// Reads of one disk's nodes: 20 at once, then 10 a second, so that a frontend that changes its mind all the time costs
-/// at most 250 xenstore requests a second.
+/// at most 700 xenstore requests a second: 40 nodes each, and [`WORLD_READ_NODES`] more for each further read that counts.
 pub const WORLD_READS_BURST: u32 = 20;
 /// See [`WORLD_READS_BURST`].
 pub const WORLD_READ_INTERVAL: Duration = Duration::from_millis(100);
 
+/// Nodes of further queues and pages that count as one more read: the largest ring's 136 count as four.
+pub const WORLD_READ_NODES: u32 = 30;
+
 /// How often the sizes of the open images are looked at while anything happens at all: one system call a disk, so 100 a
 /// second for 1 000 disks. A host at rest is not woken for it.
 pub const SIZES_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Nodes of one disk that count against the quota of the domain that owns its backend directory: libxl writes 16 with the
+/// directory itself, xenopsd up to 20; vbdd at most 15 (`docs/xenstore.md`, "Written in BE"), and a directory for each guest.
+pub const NODES_PER_DISK: u32 = 36;
+
+/// What C xenstored lets an unprivileged domain have, if nobody has raised it: nodes and watches.
+pub const XENSTORE_NODES: u32 = 1000;
+/// See [`XENSTORE_NODES`].
+pub const XENSTORE_WATCHES: u32 = 128;
+
+/// How often a watch that xenstored refused is asked for again, for up to [`DEVICES_MAX`] disks: 200 requests a second.
+pub const REWATCH_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Log lines about one disk: 10 at once, then one each 10 seconds; with 1 000 hostile disks 100 lines a second.
 pub const NOTICES_BURST: u32 = 10;
@@ -100,6 +137,9 @@ pub const CONTROL_SESSIONS_MAX: usize = 16;
 pub const CONTROL_SESSION_AGE: Duration = Duration::from_secs(10);
 /// See [`CONTROL_SESSIONS_MAX`].
 pub const CONTROL_LINE_BYTES_MAX: usize = 1024;
+
+/// How long the control door does not listen after it could not take a client.
+pub const CONTROL_REST: Duration = Duration::from_secs(1);
 
 /// How long after the last request the buffers' memory goes back to the system.
 pub const TRIM_AFTER: Duration = Duration::from_secs(5);

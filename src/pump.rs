@@ -5,7 +5,9 @@
 //! ring by ring, and at last lets events through again. Nothing here waits, and nothing allocates once the tables have
 //! grown to their working size.
 
+mod copies;
 mod ends;
+mod fair;
 mod mapped;
 mod memory;
 mod stages;
@@ -67,6 +69,8 @@ pub struct DiskPlan {
     pub read_only: bool,
     /// What frontends are told that they may ask for. What is not offered is answered with -2.
     pub offers: Offers,
+    /// The storage device below it, by any number: disks on one device share it fairly.
+    pub device: u64,
     /// Answers go out in the order of taking, queue by queue: for frontends that match them by place and not by id.
     pub in_order: bool,
 }
@@ -75,7 +79,7 @@ impl DiskPlan {
     /// A disk that offers reads, writes and flushes.
     #[must_use]
     pub fn new(file: FileId, size_sectors: u64, read_only: bool) -> DiskPlan {
-        DiskPlan { file, size_sectors, read_only, offers: Offers::NONE, in_order: false }
+        DiskPlan { file, size_sectors, read_only, offers: Offers::NONE, device: 0, in_order: false }
     }
 }
 
@@ -118,13 +122,25 @@ enum Token {
 }
 
 impl Token {
-    /// Packs it: kind in the top byte, the queue or disk above the place in the last two bytes.
+    /// Packs it: kind in the top byte, the queue or disk above the place in the last two bytes. The byte between is of a
+    /// transfer: see [`Token::of_transfer`].
     fn encode(self) -> u64 {
         match self {
             Token::Request { queue, place } => (u64::from(queue) << 16) | u64::from(place),
             Token::Flush(disk) => (1 << 56) | (u64::from(disk) << 16),
             Token::Sync(disk) => (2 << 56) | (u64::from(disk) << 16),
         }
+    }
+
+    /// A transfer of 512 bytes to 128 KiB, with its length in sectors less one.
+    fn of_transfer(queue: u32, place: u16, length_bytes: u32) -> u64 {
+        let sectors = u64::from(length_bytes / 512).saturating_sub(1) & 0xFF;
+        Token::Request { queue, place }.encode() | (sectors << 48)
+    }
+
+    /// The length that [`Token::of_transfer`] was given, in bytes.
+    fn transfer_bytes(token: u64) -> u32 {
+        (u32::from(token.to_be_bytes()[1]) + 1) * 512
     }
 
     fn decode(token: u64) -> Option<Token> {
@@ -158,6 +174,7 @@ pub struct Pump<H, S> {
     /// Queues with answers to publish.
     touched: Vec<u32>,
     guests: memory::Guests,
+    fair: fair::Fair,
     rows: Rows,
     /// Queues with requests that wait for memory, in line.
     starved: VecDeque<u32>,
@@ -189,6 +206,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             delayed: Vec::new(),
             touched: Vec::new(),
             guests: memory::Guests::default(),
+            fair: fair::Fair::default(),
             rows: Rows::default(),
             starved: VecDeque::new(),
             first_in_line: None,
@@ -295,8 +313,11 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         // 4 may have been served by a predecessor that died before it wrote it.
         let ring = BackRing::resume(shared, plan.abi, u32::try_from(owed.len()).unwrap_or(0));
         let guest = (plan.domain, self.guests.join(plan.domain));
+        let device = self.disk(disk.0).map_or(0, |disk| disk.device);
+        let flow = self.fair.join(guest.1, device);
         let in_order = self.disk(disk.0).is_some_and(|disk| disk.in_order);
         let mut queue = Queue::new(disk.0, guest, port, ring, mapping, journal, in_order);
+        queue.flow = flow;
         let inherited = queue.inherit(&owed, plan.abi);
         let id = place_in(&mut self.queues, queue);
         self.names.resize(self.queues.len(), String::new());
@@ -336,7 +357,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
     /// pump since.
     #[must_use]
     pub fn has_work(&self) -> bool {
-        !self.ready.is_empty() || self.scratch.has_flushes()
+        !self.ready.is_empty() || self.scratch.has_flushes() || self.scratch.copies.wait()
     }
 
     /// Gives the memory of past load back, tables and data. Meant for moments without load.

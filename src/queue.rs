@@ -194,6 +194,8 @@ pub struct Queue {
     pub(crate) domain: DomainId,
     /// The guest's number where its memory is counted.
     pub(crate) guest: u32,
+    /// Where its transfers wait for their device.
+    pub(crate) flow: u32,
     pub(crate) port: Port,
     /// Its pages that stay mapped, where both sides have agreed on that.
     pub(crate) grants: Option<Grants>,
@@ -242,6 +244,7 @@ impl Queue {
             disk,
             domain,
             guest,
+            flow: u32::MAX,
             port,
             grants: None,
             ring: Some(ring),
@@ -388,6 +391,15 @@ impl Queue {
         }
         self.counters.notifications += u64::from(notify);
         notify
+    }
+
+    /// How many segments a request has.
+    pub(crate) fn segments(&self, place: u16) -> usize {
+        let one = self.in_flight.get(usize::from(place)).and_then(Option::as_ref);
+        one.map_or(0, |one| match &one.request.segments {
+            Segments::Direct(direct) => direct.len(),
+            Segments::Indirect(indirect) => indirect.count().into(),
+        })
     }
 
     /// The copies that move a request's data, appended to `segments`. `rows` and `pool` tell of its memory.

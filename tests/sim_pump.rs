@@ -102,6 +102,23 @@ fn a_guest_that_dies_leaves_nothing_behind() {
 }
 
 #[test]
+fn a_guest_that_dies_while_its_rings_are_taken_over_is_not_touched() {
+    for_seeds(20, |seed| {
+        let mut world = sane_world(seed, 200);
+        world.shared.faults.set(Faults { slow: 100, ..calm() });
+        let end = 1 + world.shared.below(3000);
+        world.run_until(|world| world.steps > end || world.finished())?;
+        world.backend.die();
+        assert!(world.backend.start());
+        // What was owed is filed again, and nothing of it has been copied yet.
+        let victim = world.shared.index(world.backend.vbds.len());
+        world.destroy(victim);
+        world.run()?;
+        world.close()
+    });
+}
+
+#[test]
 fn a_queue_that_closes_while_it_waits_for_memory_serves_what_was_sent() {
     for_seeds(4, |seed| {
         let mut world = World::new(seed, 1 << 20);

@@ -90,7 +90,7 @@ pub enum Zeroed {
         /// How many of the asked sectors.
         sectors: u64,
     },
-    /// The first `sectors` lie at `offset_bytes`: zeroes are to be written there.
+    /// The first `sectors` lie at `offset_bytes`: zeroes are to be written there, or, for a discard, the space given back.
     InPlace {
         /// Where in the image.
         offset_bytes: u64,

@@ -21,5 +21,5 @@ pub use abi::{Abi, LARGEST_STRIDE, RING_PAGE_BYTES};
 pub use back::{BackRing, Overrun};
 pub use front::FrontRing;
 pub use request::{Offers, Operation, Refusal, Request, SECTOR_BYTES, Slot, Status};
-pub use segment::{INDIRECT_SEGMENTS_MAX, Indirect, Segment, Segments};
+pub use segment::{DIRECT_SEGMENTS, INDIRECT_SEGMENTS_MAX, Indirect, Segment, Segments};
 pub use shared::SharedPages;

@@ -29,6 +29,11 @@ impl Bucket {
         self.filled_until = from + interval;
         Ok(())
     }
+
+    /// Takes `count` more than were asked for: what was taken has turned out to be larger.
+    pub(super) fn charge(&mut self, now: Duration, count: u32, interval: Duration) {
+        self.filled_until = self.filled_until.max(now) + interval * count;
+    }
 }
 
 impl<H: Hypervisor, S: Storage> Backend<H, S> {

@@ -77,6 +77,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         self.unmap_pages(id, true);
         let Some(mut open) = self.queues.get_mut(id as usize).and_then(Option::take) else { return false };
         self.guests.leave(open.guest);
+        self.fair.leave(open.flow);
         // The ring goes before its pages.
         open.ring = None;
         if let Some(mapping) = open.mapping.take() {

@@ -3,45 +3,13 @@
 use formats::{Extent, Place, Run};
 use rings::{Operation, Status};
 
+use super::copies::Copies;
 use super::{DiskId, Pump, PumpEvent, QueueId, StorageFailure, Token};
 use crate::buffers::Span;
 use crate::disk::Disk;
-use crate::hypervisor::{CopyDirection, CopySegment, Hypervisor, Port};
-use crate::limits::COLLECT_SEGMENTS;
+use crate::hypervisor::{CopyDirection, Hypervisor, Port};
 use crate::queue::{FrontendMisbehaved, Stage};
 use crate::storage::{Done, Io, IoKind, Storage, StorageError};
-
-/// A request whose data is being copied; the segments of a batch lie in the order of its requests.
-#[derive(Clone, Copy, Debug)]
-struct Copying {
-    queue: u32,
-    place: u16,
-    segments: u16,
-}
-
-/// A batch of grant copies, one direction.
-#[derive(Debug, Default)]
-struct Batch {
-    segments: Vec<CopySegment>,
-    requests: Vec<Copying>,
-}
-
-impl Batch {
-    /// Takes the requests of a queue out; their places go to `dropped`.
-    fn forget(&mut self, queue: u32, dropped: &mut Vec<u16>) {
-        let (mut from, segments) = (0, &mut self.segments);
-        self.requests.retain(|request| {
-            let to = from + usize::from(request.segments);
-            if request.queue != queue {
-                from = to;
-                return true;
-            }
-            segments.drain(from..to.min(segments.len()));
-            dropped.push(request.place);
-            false
-        });
-    }
-}
 
 /// Tables that every turn uses again.
 #[derive(Debug, Default)]
@@ -49,10 +17,7 @@ pub(super) struct Scratch {
     pub(super) ports: Vec<Port>,
     pub(super) unmask: Vec<Port>,
     pub(super) resting: Vec<u32>,
-    /// Descriptors of indirect requests.
-    described: Batch,
-    incoming: Batch,
-    outgoing: Batch,
+    pub(super) copies: Copies,
     served: Vec<u64>,
     pub(super) segments: Vec<rings::Segment>,
     /// Requests whose copies to or from the file itself failed.
@@ -79,8 +44,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
     /// Takes what storage has finished, and hands the data of reads to the guests.
     pub(super) fn collect(&mut self) -> bool {
         let mut progress = false;
-        while self.scratch.outgoing.segments.len() < COLLECT_SEGMENTS {
-            let Some(done) = self.storage.done() else { break };
+        while let Some(done) = self.storage.done() {
             progress = true;
             match Token::decode(done.token) {
                 Some(Token::Request { queue, place }) => self.transfer_done(queue, place, &done),
@@ -88,23 +52,32 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
                 Some(Token::Sync(_)) | None => {}
             }
         }
-        let mut batch = std::mem::take(&mut self.scratch.outgoing);
-        self.run_batch(&mut batch, |pump, queue, place, failed| {
-            let direct = pump.end_direct(queue, place);
-            match failed {
-                None => pump.copied(queue, place, direct),
-                Some(_) if direct => pump.scratch.retries.push((queue, place)),
-                Some(grant) => pump.bad_grant(queue, place, grant),
-            }
-        });
-        self.scratch.outgoing = batch;
+        self.run_batch(|copies| &mut copies.outgoing, usize::MAX, Pump::handed_out);
         progress | self.retry()
     }
 
+    /// Hands out the data of long reads, a part of it. True if there was some.
+    pub(super) fn copy_out_long(&mut self) -> bool {
+        let most = self.slice();
+        self.run_batch(|copies| &mut copies.outgoing_long, most, Pump::handed_out)
+    }
+
+    fn handed_out(&mut self, id: u32, place: u16, failed: Option<u32>) {
+        let direct = self.end_direct(id, place);
+        match failed {
+            None => self.copied(id, place, direct),
+            Some(_) if direct => self.not_copied_straight(id, place),
+            Some(grant) => self.bad_grant(id, place, grant),
+        }
+    }
+
     fn transfer_done(&mut self, id: u32, place: u16, done: &Done) {
-        let Some(queue) = self.queue(id) else { return };
-        let has_ring = queue.ring.is_some();
+        let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return };
+        let (has_ring, flow) = (queue.ring.is_some(), queue.flow);
         let Some(one) = queue.in_flight(place) else { return };
+        if one.request.operation != Operation::Discard {
+            self.fair.done(flow, Token::transfer_bytes(done.token), self.now);
+        }
         one.transfers = one.transfers.saturating_sub(1);
         if let (Err(error), None) = (&done.result, &one.error) {
             one.error = Some(error.clone());
@@ -166,15 +139,14 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
     }
 
     pub(super) fn queue_copy(&mut self, id: u32, place: u16, direction: CopyDirection) {
+        let is_direct = self.is_direct(id, place);
         let Some(queue) = self.queues.get(id as usize).and_then(Option::as_ref) else { return };
-        let batch = match direction {
-            CopyDirection::FromGuest => &mut self.scratch.incoming,
-            CopyDirection::ToGuest => &mut self.scratch.outgoing,
-        };
-        let before = batch.segments.len();
-        queue.copies(place, direction, (&self.rows, self.storage.buffers()), &mut batch.segments);
-        let segments = u16::try_from(batch.segments.len() - before).unwrap_or(0);
-        batch.requests.push(Copying { queue: id, place, segments });
+        // What goes straight to a file must be copied in this turn: its mapping stays no longer.
+        let count = if is_direct { 0 } else { queue.segments(place) };
+        let batch = self.scratch.copies.of(direction, count);
+        batch.push(id, place, |segments| {
+            queue.copies(place, direction, (&self.rows, self.storage.buffers()), segments)
+        });
     }
 
     /// A request's data is where it was to go.
@@ -200,20 +172,19 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
     pub(super) fn fetch_descriptors(&mut self, id: u32, place: u16) {
         let Some(queue) = self.queues.get(id as usize).and_then(Option::as_ref) else { return };
         let Some(copy) = queue.descriptor_copy(place) else { return };
-        self.scratch.described.segments.push(copy);
-        self.scratch.described.requests.push(Copying { queue: id, place, segments: 1 });
+        self.scratch.copies.described.push(id, place, |segments| segments.push(copy));
     }
 
     /// Fetches the descriptors of all indirect requests of this round from the guests, and reads them from the copy.
     pub(super) fn describe(&mut self) -> bool {
-        let mut batch = std::mem::take(&mut self.scratch.described);
-        let progress = !batch.requests.is_empty();
-        self.run_batch(&mut batch, |pump, queue, place, failed| match failed {
-            None => pump.described(queue, place),
-            Some(grant) => pump.bad_grant(queue, place, grant),
-        });
-        self.scratch.described = batch;
-        progress
+        self.run_batch(
+            |copies| &mut copies.described,
+            usize::MAX,
+            |pump, queue, place, failed| match failed {
+                None => pump.described(queue, place),
+                Some(grant) => pump.bad_grant(queue, place, grant),
+            },
+        )
     }
 
     fn described(&mut self, id: u32, place: u16) {
@@ -233,55 +204,11 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
 
     /// Drops the copies that a queue has ordered and not got: its guest is gone.
     pub(super) fn forget_copies(&mut self, id: u32) {
-        let scratch = &mut self.scratch;
         let mut dropped = Vec::new();
-        for batch in [&mut scratch.described, &mut scratch.incoming, &mut scratch.outgoing] {
-            batch.forget(id, &mut dropped);
-        }
+        self.drop_copies(id, &mut dropped);
         for place in dropped {
+            self.end_direct(id, place);
             self.finish(id, place, Status::Error);
-        }
-    }
-
-    /// Copies a batch, and calls `then` for each of its requests with the grant that failed, if one did.
-    fn run_batch(&mut self, batch: &mut Batch, then: fn(&mut Self, u32, u16, Option<u32>)) {
-        if batch.requests.is_empty() {
-            return;
-        }
-        if let Err(error) = self.hypervisor.copy(&mut batch.segments) {
-            log::warn!(
-                "a batch of {} grant copies failed: {error:?}; copying one by one",
-                batch.segments.len()
-            );
-            self.copy_one_by_one(batch);
-        }
-        let mut rest = batch.segments.as_slice();
-        for request in &batch.requests {
-            let (own, behind) = rest.split_at_checked(request.segments.into()).unwrap_or((rest, &[]));
-            rest = behind;
-            let failed = own.iter().find(|segment| !segment.copied);
-            then(self, request.queue, request.place, failed.map(|segment| segment.grant));
-        }
-        batch.segments.clear();
-        batch.requests.clear();
-    }
-
-    /// Copies each request of a batch by itself: what is wrong with one, or with so large a batch while memory is short, is
-    /// no reason to fail the requests of every guest.
-    fn copy_one_by_one(&mut self, batch: &mut Batch) {
-        let mut rest = batch.segments.as_mut_slice();
-        for request in &batch.requests {
-            let Some((own, behind)) = rest.split_at_mut_checked(request.segments.into()) else { return };
-            rest = behind;
-            if let Err(error) = self.hypervisor.copy(own) {
-                if self.is_direct(request.queue, request.place) {
-                    self.not_direct(request.queue);
-                } else {
-                    log::error!("a request's {} grant copies failed: {error:?}", own.len());
-                }
-                // On failure of the call the statuses mean nothing.
-                own.iter_mut().for_each(|segment| segment.copied = false);
-            }
         }
     }
 
@@ -290,30 +217,35 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         one.is_some_and(|one| one.stage == Stage::Direct)
     }
 
-    /// The pages of a queue's file cannot be had: from now on it is read and written by calls.
-    fn not_direct(&mut self, id: u32) {
-        let disk = self.queue(id).map(|queue| queue.disk);
-        if let Some(file) = disk.and_then(|disk| self.disk(disk)).map(|disk| disk.file) {
-            self.storage.not_direct(file);
+    /// A copy to or from a file's own pages failed: tried again the usual way, which tells what is wrong.
+    fn not_copied_straight(&mut self, id: u32, place: u16) {
+        if self.scratch.copies.call_failed {
+            // The pages of the queue's file cannot be had: from now on it is read and written by calls.
+            let disk = self.queue(id).map(|queue| queue.disk);
+            if let Some(file) = disk.and_then(|disk| self.disk(disk)).map(|disk| disk.file) {
+                self.storage.not_direct(file);
+            }
         }
+        self.scratch.retries.push((id, place));
     }
 
-    /// Fetches the data of all writes of this round from the guests, and queues their transfers.
+    /// Fetches the data of the writes of this round from the guests, of long ones a part, and queues their transfers.
     pub(super) fn copy_in(&mut self) -> bool {
-        let mut batch = std::mem::take(&mut self.scratch.incoming);
-        let progress = !batch.requests.is_empty();
-        self.run_batch(&mut batch, |pump, queue, place, failed| {
-            let direct = pump.end_direct(queue, place);
-            match failed {
-                None if direct => pump.copied(queue, place, true),
-                None => pump.queue_transfer(queue, place, IoKind::Write),
-                Some(_) if direct => pump.scratch.retries.push((queue, place)),
-                Some(grant) => pump.bad_grant(queue, place, grant),
-            }
-        });
-        self.scratch.incoming = batch;
+        let most = self.slice();
+        let short = self.run_batch(|copies| &mut copies.incoming, usize::MAX, Pump::fetched);
+        let long = self.run_batch(|copies| &mut copies.incoming_long, most, Pump::fetched);
         self.retry();
-        progress
+        short | long
+    }
+
+    fn fetched(&mut self, id: u32, place: u16, failed: Option<u32>) {
+        let direct = self.end_direct(id, place);
+        match failed {
+            None if direct => self.copied(id, place, true),
+            None => self.queue_transfer(id, place, IoKind::Write),
+            Some(_) if direct => self.not_copied_straight(id, place),
+            Some(grant) => self.bad_grant(id, place, grant),
+        }
     }
 
     fn bad_grant(&mut self, id: u32, place: u16, grant: u32) {
@@ -324,24 +256,28 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         self.finish(id, place, Status::Error);
     }
 
-    /// Hands a request's data to storage, a transfer for each piece.
+    /// Hands a request's data to storage, a transfer for each piece, or has it wait for its turn there.
     pub(super) fn queue_transfer(&mut self, id: u32, place: u16, kind: IoKind) {
         let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return };
         let Some(disk) = self.disks.get(queue.disk as usize).and_then(Option::as_ref) else { return };
+        let flow = queue.flow;
         let Some(one) = queue.in_flight(place) else { return };
         let extent = Extent { sector: one.request.sector, sectors: one.request.sectors };
         // The range was checked when the request was taken; a disk that has shrunk since refuses it here.
         let Ok(Run { place: Place::Data { offset_bytes }, .. }) = disk.image.map(extent) else {
             return self.finish(id, place, Status::Error);
         };
-        let token = Token::Request { queue: id, place }.encode();
         let (length, mut at) = (one.request.length_bytes(), 0);
         while let Some(span) =
             self.rows.part(&one.held, at, length - at).filter(|span| span.length_bytes() > 0)
         {
             let offset_bytes = offset_bytes + u64::from(at);
-            self.storage.queue(Io { token, file: disk.file, kind, offset_bytes, span });
+            let token = Token::of_transfer(id, place, span.length_bytes());
+            let io = Io { token, file: disk.file, kind, offset_bytes, span };
             one.transfers += 1;
+            if let Some(io) = self.fair.queue(flow, io, self.now) {
+                self.storage.queue(io);
+            }
             at += span.length_bytes();
         }
         if one.transfers == 0 {

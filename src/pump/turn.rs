@@ -6,7 +6,9 @@ use rings::{Operation, Slot, Status};
 
 use super::{Pump, PumpEvent, QueueId, Token};
 use crate::hypervisor::Hypervisor;
-use crate::limits::{BYTES_PER_TURN, REQUESTS_PER_TURN, REQUESTS_PER_TURN_MIN, ROUNDS_PER_TURN};
+use crate::limits::{
+    BYTES_PER_TURN, REQUESTS_PER_TURN, REQUESTS_PER_TURN_MIN, ROUNDS_PER_TURN, SLICE_SEGMENTS,
+};
 use crate::queue::{FrontendMisbehaved, Intake, Stage};
 use crate::storage::Storage;
 
@@ -46,12 +48,26 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             progress |= self.describe();
             progress |= self.copy_in();
             self.start_flushes();
+            self.fair.dispatch(&mut self.storage, now);
             self.storage.submit();
             progress |= self.collect();
             self.publish();
+            if self.fair.dispatch(&mut self.storage, now) {
+                // Before the long copies, so that the device is not idle meanwhile.
+                self.storage.submit();
+            }
+            let long = self.copy_out_long();
+            if long {
+                self.publish();
+            }
             progress |= self.rest();
             progress |= self.scratch.has_flushes();
-            if !progress {
+            let copied = std::mem::take(&mut self.scratch.copies.copied);
+            if self.fair.is_shared(now) && (self.scratch.copies.wait() || copied > SLICE_SEGMENTS) {
+                // Others may have come meanwhile.
+                return true;
+            }
+            if !(progress || long) {
                 return false;
             }
         }

@@ -1,5 +1,8 @@
 //! A host with a whole backend in it: simulated xenstored, hypervisor, storage and clock, and frontends by script.
 
+// Not every test uses all of it.
+#![allow(dead_code)]
+
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -33,8 +36,10 @@ pub struct Host {
     pub store: XenstoreServer,
     pub own: u16,
     place: Place,
+    /// The directory that devices are made in.
+    pub kind: &'static str,
     connection: Option<ConnectionId>,
-    session: Session,
+    pub session: Session,
     pub backend: Option<SimBackend>,
     again: bool,
     pool_bytes: usize,
@@ -45,6 +50,8 @@ pub struct Host {
     /// The connection to xenstored is lost and made anew all the time.
     pub flaps: bool,
     pub flapped: u64,
+    /// Time does not go beyond this by itself.
+    time_max_us: u64,
 }
 
 impl Host {
@@ -60,6 +67,7 @@ impl Host {
             store,
             own,
             place,
+            kind: "vbd",
             connection: None,
             session: Session::new(StoreConfig::default()),
             backend: None,
@@ -70,6 +78,7 @@ impl Host {
             turns: 0,
             flaps: false,
             flapped: 0,
+            time_max_us: u64::MAX,
         };
         if seed >= RESTLESS {
             host.flaps = true;
@@ -81,7 +90,7 @@ impl Host {
 
     /// Starts a process.
     pub fn start(&mut self) {
-        let options = Options { kinds: vec![Kind::Vbd, Kind::Qdisk], vbd: Config::new(self.own, self.place) };
+        let options = Options { kinds: Kind::ALL.to_vec(), vbd: Config::new(self.own, self.place) };
         let storage = SimStorage::new(self.shared.clone(), self.pool_bytes);
         let journals = Box::new(SimJournals(self.shared.clone()));
         let now = self.shared.clock.now();
@@ -102,6 +111,12 @@ impl Host {
         }
         self.session.disconnected();
         self.again = true;
+    }
+
+    /// Paths that the process watches.
+    pub fn watches(&self) -> Vec<String> {
+        let id = self.connection.unwrap();
+        self.store.watches_of(id).into_iter().map(|(path, _)| path).collect()
     }
 
     /// The backend was asked for something beside its turns.
@@ -147,7 +162,7 @@ impl Host {
     }
 
     pub fn be(&self, guest: u16) -> String {
-        format!("/local/domain/{}/backend/vbd/{guest}/{DEVID}", self.own)
+        format!("/local/domain/{}/backend/{}/{guest}/{DEVID}", self.own, self.kind)
     }
 
     pub fn fe(guest: u16) -> String {
@@ -219,12 +234,18 @@ impl Host {
         self.store.write_all(0, &all).unwrap();
     }
 
-    /// The guest makes a ring and announces it, in the words of Linux.
-    pub fn announce(&mut self, habits: Habits, state: &str) {
-        let guest = habits.domain;
+    /// The guest makes its rings, and begins to put requests on them.
+    pub fn make_rings(&mut self, habits: Habits) -> Vec<RingPlan> {
         let actor = SaneGuest::new(&self.shared, habits);
         let rings = actor.rings();
         self.shared.guests.borrow_mut().push(Box::new(actor));
+        rings
+    }
+
+    /// The guest makes a ring and announces it, in the words of Linux.
+    pub fn announce(&mut self, habits: Habits, state: &str) {
+        let guest = habits.domain;
+        let rings = self.make_rings(habits);
         let nodes = ring_nodes(&rings);
         let mut nodes: Vec<(&str, &str)> =
             nodes.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
@@ -290,8 +311,10 @@ impl Host {
 
     pub fn run_for(&mut self, time: Duration) {
         let end = self.shared.clock.now() + time;
+        self.time_max_us = end.as_micros() as u64;
         for _ in 0..ROUNDS_MAX {
             if self.shared.clock.now() >= end {
+                self.time_max_us = u64::MAX;
                 return;
             }
             if !self.round() {
@@ -371,7 +394,7 @@ impl Host {
     }
 
     /// Calls the backend if a reactor would.
-    fn turn_if_due(&mut self) -> bool {
+    pub fn turn_if_due(&mut self) -> bool {
         let now = self.shared.clock.now();
         let Some(backend) = &mut self.backend else { return false };
         let readable = self.shared.xen.borrow().readable();
@@ -400,7 +423,7 @@ impl Host {
         let times =
             guests.iter().filter_map(|guest| guest.wakes_at()).chain(backend).chain(store).chain(media);
         match times.filter(|at| *at > now).min() {
-            Some(at) => self.shared.clock.advance_to(at),
+            Some(at) => self.shared.clock.advance_to(at.min(self.time_max_us)),
             None => return false,
         }
         true

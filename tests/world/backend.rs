@@ -132,8 +132,11 @@ impl Backend {
                 let vbd = backend.vbds[at].clone();
                 let pump = backend.pump.as_mut().unwrap();
                 let file = pump.storage.open_image(vbd.image);
+                // What lies on no device of limited speed has one for itself.
+                let device = shared.media.borrow().device_of.get(&vbd.image).copied();
+                let device = device.unwrap_or(1000 + vbd.image) as u64;
                 let plan = DiskPlan::new(file, vbd.sectors, vbd.read_only);
-                backend.disks.push(pump.add_disk(&DiskPlan { offers, in_order, ..plan }));
+                backend.disks.push(pump.add_disk(&DiskPlan { offers, in_order, device, ..plan }));
             }
             for at in 0..backend.lines.len() {
                 backend.attach(at);

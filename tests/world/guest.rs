@@ -444,21 +444,21 @@ impl SaneGuest {
             Want::Flush { .. } | Want::Odd => IoKind::Flush,
         };
         let mut media = shared.media.borrow_mut();
-        // Two reads of one place may be in flight: a failure belongs to the one that says so.
         let range = pending.sector * 512..(pending.sector + pending.count) * 512;
         let hits = |error: &Injected| {
             (error.image, error.kind) == (image, kind) && range.contains(&error.offset_bytes)
         };
-        // Two reads of one place may be in flight: a failure belongs to the one that says so. Of a write every part may
+        // Where several fit a read, it cannot be told whose they are: they stay, for the others. Of a write every part may
         // fail, and nobody else writes there.
-        let mut left = if kind == IoKind::Read { usize::from(!okay) } else { usize::MAX };
-        media.injected.retain(|error| {
-            let hit = left > 0 && hits(error);
+        let reads = kind == IoKind::Read;
+        let several = reads && media.injected.iter().filter(|error| hits(error)).count() > 1;
+        media.injected.retain_mut(|error| {
+            let hit = hits(error) && !(reads && okay);
             if hit {
-                left -= 1;
                 cause = Some(error.certain || cause == Some(true));
+                error.certain &= !several;
             }
-            !hit
+            !hit || several
         });
         let flushes = matches!(pending.want, Want::Flush { .. } | Want::FlushWrite { .. });
         if cause.is_none() && flushes && media.flush_failed.contains(&image) {

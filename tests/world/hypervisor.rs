@@ -71,6 +71,9 @@ pub struct Xen {
     /// The next calls of `map` and `bind` fail for the system's own reason.
     /// Copies that one call can do: more fail as a whole.
     pub copies_max: Option<usize>,
+    /// What a copied segment takes, and what of it the clock has not been told.
+    pub copy_ns: u64,
+    pub owed_ns: u64,
     pub fail_map: u32,
     /// After so many calls of `map` that succeed, one fails.
     pub fail_map_after: Option<u32>,
@@ -270,6 +273,13 @@ impl SimXen {
             match self.xen().copy_one(segment) {
                 Ok(copied) => segment.copied = copied,
                 Err(what) => self.0.fail(what),
+            }
+            if self.xen().copy_ns > 0 {
+                let mut xen = self.xen();
+                xen.owed_ns += xen.copy_ns;
+                let us = xen.owed_ns / 1000;
+                xen.owed_ns %= 1000;
+                self.0.clock.advance_to(self.0.clock.now_us() + us);
             }
             self.0.note("copied", segment.grant.into(), segment.copied.into());
         }

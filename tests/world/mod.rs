@@ -17,6 +17,7 @@
 
 pub mod backend;
 pub mod clock;
+pub mod device;
 pub mod guest;
 pub mod host;
 pub mod hostile;

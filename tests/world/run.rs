@@ -234,7 +234,7 @@ pub fn sane_world(seed: u64, requests: u32) -> World {
     // Images in memory, in two of three worlds; now and then they cannot be reached.
     shared.direct.set([(0, 0), (512, 20), (1024, 100)][shared.index(3)]);
     world.backend.persistent = shared.chance(1, 2);
-    let persistent = world.backend.persistent && shared.chance(3, 4);
+    let persistent = world.backend.persistent;
     let guests = 1 + shared.below(3);
     world.backend.in_order = shared.chance(1, 4);
     let in_order = world.backend.in_order;

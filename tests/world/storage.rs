@@ -11,6 +11,7 @@ use vbdd::storage::{
     Access, DiscardUnit, Done, FileId, Identity, Io, IoKind, OpenError, Opened, Storage, StorageError,
 };
 
+use super::device::Device;
 use super::model::sector_bytes;
 use super::{Plant, Shared};
 
@@ -101,6 +102,9 @@ pub struct Media {
     pub hung: BTreeSet<usize>,
     /// The next transfer of this kind never ends.
     pub hang_next: Option<IoKind>,
+    /// Devices of limited speed, and on which of them an image lies. Other transfers take what `Faults` says.
+    pub devices: Vec<Device>,
+    pub device_of: BTreeMap<usize, usize>,
 }
 
 impl Media {
@@ -145,7 +149,20 @@ impl Media {
 
     /// When the next transfer is done, if any ever is.
     pub fn next_due(&self) -> Option<u64> {
-        self.running.iter().map(|one| one.due_us).filter(|due| *due != u64::MAX).min()
+        let running = self.running.iter().map(|one| one.due_us).filter(|due| *due != u64::MAX);
+        running.chain(self.devices.iter().filter_map(Device::next_due)).min()
+    }
+
+    /// What devices have done by now is done.
+    fn advance_devices(&mut self, now_us: u64) {
+        for device in &mut self.devices {
+            device.advance(now_us);
+            for number in device.take_done() {
+                if let Some(one) = self.running.iter_mut().find(|one| one.number == number) {
+                    one.due_us = now_us;
+                }
+            }
+        }
     }
 
     pub fn in_flight(&self) -> usize {
@@ -516,6 +533,11 @@ impl Storage for SimStorage {
                 latency *= 100;
             }
             one.due_us = now + latency;
+            if let Some(device) = media.device_of.get(&one.image).copied() {
+                one.due_us = u64::MAX;
+                let bytes = u64::from(one.io.span.length_bytes());
+                media.devices[device].submit(now, one.number, bytes);
+            }
             if media.hung.contains(&one.image) {
                 one.due_us = u64::MAX;
             }
@@ -537,6 +559,7 @@ impl Storage for SimStorage {
         let now = self.shared.clock.now_us();
         let one = {
             let mut media = self.shared.media.borrow_mut();
+            media.advance_devices(now);
             let ready: Vec<usize> =
                 (0..media.running.len()).filter(|n| media.running[*n].due_us <= now).collect();
             if ready.is_empty() {

@@ -35,7 +35,7 @@ pub mod limits {
     /// Jobs submitted whose completion was not yet taken.
     pub const JOBS_MAX: usize = 1024;
     /// Nodes in one job: what a job may hold of values is this times 4 KiB.
-    pub const NODES_PER_JOB_MAX: usize = 128;
+    pub const NODES_PER_JOB_MAX: usize = 160;
     /// Watches, those about to be removed included. The server of an unprivileged domain takes 128.
     pub const WATCHES_MAX: usize = 4096;
     /// Different paths remembered for one watch between two looks of the owner; past that they become one event for
