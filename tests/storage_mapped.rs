@@ -140,7 +140,7 @@ fn holes_are_read_without_being_filled() {
 #[test]
 fn a_file_cut_short_is_an_error_of_the_copy_and_no_signal() {
     let directory = in_memory("mapped-cut");
-    let path = directory.file("image", &[3; 64 << 10]);
+    let path = directory.file("image", &vec![3; 64 << 10]);
     let (mut rig, guest) = (rig(&directory), Guest::new(&directory));
     let file = rig.open(&path, Access::ReadWrite).unwrap().file;
     assert!(direct(&mut rig, file, IoKind::Read, 32 << 10, 4096).is_some());
