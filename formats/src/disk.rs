@@ -103,6 +103,8 @@ pub enum WorkKind {
     ZeroGuest,
     /// Copy [`Disk::bytes`] to the guest's memory. The image has no part in it.
     CopyToGuest,
+    /// Nothing: a long request lets others have their turn, and goes on when this is answered.
+    Yield,
 }
 
 /// Which memory a piece of work is about.

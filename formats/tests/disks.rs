@@ -69,6 +69,32 @@ fn disks_share_a_cache_without_standing_in_each_others_way() {
     }
 }
 
+/// A discard of everything is done in turns: others are served meanwhile.
+#[test]
+fn a_discard_of_a_whole_disk_lets_others_have_their_turn() {
+    let mut medium = SimMedium::file();
+    let mut what = Create::new(64 << 20);
+    what.shape.cluster_bits = 9;
+    create(&mut medium, &what).unwrap();
+    let (image, _) = Qcow2::open(&mut medium, Options { writable: true, ..Options::default() }).unwrap();
+    let disk = Disk::new(1, vec![(0, Box::new(image) as Box<dyn Format>)], false, Limits::default());
+    let mut driver = Driver::new(disk, Pages::of_pages(4096), HashMap::from([(0, medium)]), 1);
+    let all = Extent { sector: 0, sectors: (64 << 20) / 512 };
+    driver.run(Op::Write, Extent { sector: 77, sectors: 1 }, vec![1; 512]).0.unwrap();
+    for _ in 0..2 {
+        // The second time every table's L1 page is in the cache.
+        assert!(driver.submit(Request { token: 1, op: Op::Discard, extent: all }, Vec::new()));
+        let mut turns = 0;
+        while driver.step(&mut NoFaults) {
+            turns += u64::from(driver.in_flight.iter().any(|(work, _)| work.kind == WorkKind::Yield));
+        }
+        assert_eq!(driver.outcomes.pop().unwrap().result, Ok(()));
+        assert!(turns >= 16, "{turns} turns");
+    }
+    let (_, memory) = driver.run(Op::Read, Extent { sector: 77, sectors: 1 }, vec![9; 512]);
+    assert!(memory.iter().all(|byte| *byte == 0));
+}
+
 struct SyncFails(u64);
 
 impl Faults for SyncFails {

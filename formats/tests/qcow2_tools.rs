@@ -213,6 +213,34 @@ fn the_map_says_what_qemu_says() {
     }
 }
 
+/// XCP-ng's storage manager edits the header of an image that is in use: what it writes stays, fields of ours change singly.
+#[test]
+fn what_others_write_into_the_header_meanwhile_stays() {
+    use formats::{Disk, Extent, Limits, Op, Pages};
+    use support::driver::Driver;
+    let mut medium = SimMedium::file();
+    create(&mut medium, &Create::new(1 << 20)).unwrap();
+    let edit = |medium: &mut SimMedium, at: usize, bytes: &[u8]| {
+        let mut sector = [0; 512];
+        medium.read(0, &mut sector).unwrap();
+        sector[at..at + bytes.len()].copy_from_slice(bytes);
+        medium.write(0, &sector).unwrap();
+    };
+    // An autoclear bit that nobody knows, and an extension before the feature names.
+    edit(&mut medium, 88, &[0x40, 0, 0, 0, 0, 0, 0, 0]);
+    let options = formats::qcow2::Options { writable: true, ..Default::default() };
+    let (image, _) = formats::Qcow2::open(&mut medium, options).unwrap();
+    let disk = Disk::new(1, vec![(0, Box::new(image))], false, Limits::default());
+    let mut driver = Driver::new(disk, Pages::of_pages(32), [(0, medium)].into(), 1);
+    driver.run(Op::Write, Extent { sector: 3, sectors: 9 }, vec![4; 9 * 512]).0.unwrap();
+    edit(driver.media.get_mut(&0).unwrap(), 112, b"vate\0\0\0\x08\x01\0\0\0\0\0\0\0");
+    let header = Header::read(driver.media.get_mut(&0).unwrap()).unwrap();
+    assert_eq!((header.incompatible & DIRTY, header.autoclear), (DIRTY, 0), "marked as open");
+    driver.close().unwrap();
+    let header = Header::read(driver.media.get_mut(&0).unwrap()).unwrap();
+    assert_eq!((header.incompatible, header.extensions[0].kind), (0, 0x7661_7465), "{header:?}");
+}
+
 #[test]
 fn trimming_cuts_what_nobody_uses() {
     let mut medium = SimMedium::file();

@@ -60,6 +60,12 @@ impl Disk {
                 self.unpacker.busy = false;
                 self.part_ended(request, result);
             }
+            Flight::Turn(at) => {
+                if let Some(active) = self.active(at) {
+                    active.outstanding = active.outstanding.saturating_sub(1);
+                }
+                self.ready.push_back(Actor::Request(at));
+            }
             Flight::Order { tag, .. } => {
                 self.poke = true;
                 let _ = self.ask(pages, 0, |leaf, cx| {
@@ -334,6 +340,10 @@ impl Disk {
     fn close_some(&mut self, pages: &mut Pages) {
         if self.in_flight() > 0 {
             return;
+        }
+        if self.closing.is_some() && self.shared.ledger.failed() {
+            self.closing = None;
+            self.closed = Some(Err(Failure::SyncFailed));
         }
         if let Some(Closing::Format) = self.closing {
             self.shared.users.0 = self.shared.users.1;
