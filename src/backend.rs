@@ -9,6 +9,7 @@ mod media;
 mod notices;
 mod offers;
 mod queues;
+mod quotas;
 mod scan;
 mod status;
 
@@ -32,6 +33,7 @@ use crate::vbd::{
 use crate::xenbus::Session;
 pub use media::Measured;
 use notices::Bucket;
+pub use quotas::disks_that_fit;
 pub use status::{DeviceStatus, Totals};
 
 /// What the backend was told to do.
@@ -125,6 +127,8 @@ pub struct Backend<H, S> {
     /// No timer of a device is due before this: the loop passes here with every batch of requests, and must not look at
     /// every device. May be too early, as timers are cancelled.
     timers_due: Option<Duration>,
+    /// Watches that xenstored refused, to be asked for again.
+    unwatched: Vec<(Duration, WatchToken, Path)>,
     /// When the sizes of the images were looked at.
     sizes_at: Duration,
     stopping: bool,
@@ -155,6 +159,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
             crowded: Vec::new(),
             unlisted: Vec::new(),
             timers_due: None,
+            unwatched: Vec::new(),
             sizes_at: now,
             stopping: false,
         }
@@ -188,6 +193,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
             self.sizes_at = now;
             self.look_at_sizes();
         }
+        self.watch_again(session);
         while let Some(event) = session.event() {
             self.store_event(session, event);
         }
@@ -204,7 +210,8 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
     /// When [`Backend::turn`] is due though nothing happens.
     #[must_use]
     pub fn deadline(&self) -> Option<Duration> {
-        self.timers_due.into_iter().chain(self.pump.deadline()).min()
+        let watches = self.unwatched.iter().map(|(at, ..)| *at);
+        self.timers_due.into_iter().chain(watches).chain(self.pump.deadline()).min()
     }
 
     /// Something of a device is due at `at`.
@@ -246,13 +253,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
         match event {
             xenstore::Event::Reset => self.connection_made(session),
             xenstore::Event::Watch { token, path } => self.watch_fired(session, token, &path),
-            xenstore::Event::WatchFailed { token, path, code } => {
-                log::error!(
-                    "xenstore refused the watch of {path}: {code}; changes there go unseen (raise the domain's quota of \
-                     watches)"
-                );
-                let _ = token;
-            }
+            xenstore::Event::WatchFailed { token, path, code } => self.watch_refused(token, path, code),
             xenstore::Event::Job { id, outcome } => {
                 if let Some(purpose) = self.jobs.remove(&id) {
                     self.job_done(session, purpose, outcome);
@@ -416,10 +417,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
         if let Some(device) = self.devices.get_mut(&address) {
             device.image = Some(OpenImage { opened, disk, request });
         }
-        let discard = opened.discard.map(|unit| vbd::Discard {
-            granularity_bytes: unit.granularity_bytes,
-            alignment_bytes: unit.alignment_bytes,
-        });
+        let discard = media::discard_of(&opened);
         Ok(vbd::Geometry { sectors, physical_sector_bytes, discard })
     }
 

@@ -8,7 +8,8 @@ pub mod client;
 mod session;
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::io::ErrorKind;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
@@ -20,7 +21,7 @@ use std::time::Duration;
 use smol::LocalExecutor;
 
 use crate::error::Error;
-use crate::limits::{CONTROL_SESSION_AGE, CONTROL_SESSIONS_MAX};
+use crate::limits::{CONTROL_REST, CONTROL_SESSION_AGE, CONTROL_SESSIONS_MAX};
 use crate::reactor::{Reactor, Ready};
 
 /// The socket's name within the state directory.
@@ -51,6 +52,8 @@ struct Shared {
     wakers: BTreeMap<usize, Waker>,
     requests: VecDeque<Request>,
     answers: BTreeMap<usize, String>,
+    /// Who waits to write.
+    writing: BTreeSet<usize>,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -60,6 +63,8 @@ struct Running {
     task: smol::Task<()>,
     stream: Rc<std::os::unix::net::UnixStream>,
     ends_at: Duration,
+    /// The poller tells when it can be written.
+    polls_writable: bool,
 }
 
 /// The door.
@@ -70,6 +75,8 @@ pub struct Server {
     wakeups: Wakeups,
     sessions: BTreeMap<usize, Running>,
     first_key: usize,
+    /// When it listens again, after it could not take a client.
+    listens_at: Option<Duration>,
 }
 
 impl Server {
@@ -99,6 +106,7 @@ impl Server {
             wakeups: Wakeups::default(),
             sessions: BTreeMap::new(),
             first_key,
+            listens_at: None,
         })
     }
 
@@ -112,7 +120,14 @@ impl Server {
     }
 
     fn accept(&mut self, now: Duration, reactor: &mut Reactor) {
-        while let Ok((stream, _)) = self.listener.accept() {
+        loop {
+            let stream = match self.listener.accept() {
+                Ok((stream, _)) => stream,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return,
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                // A descriptor is missing, and the client stays in line: the listener would be ready for ever.
+                Err(error) => return self.rest(now, &error, reactor),
+            };
             let free = (self.first_key + 1..).find(|key| !self.sessions.contains_key(key));
             let Some(key) = free.filter(|_| self.sessions.len() < CONTROL_SESSIONS_MAX) else { continue };
             if stream.set_nonblocking(true).is_err() || reactor.add(stream.as_fd(), key, false).is_err() {
@@ -120,13 +135,29 @@ impl Server {
             }
             let stream = Rc::new(stream);
             let task = self.executor.spawn(session::run(Rc::clone(&stream), key, self.wakeups.clone()));
-            self.sessions.insert(key, Running { task, stream, ends_at: now + CONTROL_SESSION_AGE });
+            self.sessions.insert(
+                key,
+                Running { task, stream, ends_at: now + CONTROL_SESSION_AGE, polls_writable: false },
+            );
         }
+    }
+
+    /// Stops to listen for a while.
+    fn rest(&mut self, now: Duration, error: &std::io::Error, reactor: &mut Reactor) {
+        log::warn!("the control door cannot take a client: {error}; it opens again in a second");
+        reactor.remove(self.listener.as_fd());
+        self.listens_at = Some(now + CONTROL_REST);
     }
 
     /// Lets sessions run, and returns the next question; answer it with [`Server::answer`].
     pub fn turn(&mut self, now: Duration, reactor: &mut Reactor) -> Option<Request> {
+        if self.listens_at.is_some_and(|at| at <= now)
+            && reactor.add(self.listener.as_fd(), self.first_key, false).is_ok()
+        {
+            self.listens_at = None;
+        }
         while self.executor.try_tick() {}
+        self.poll_writers(reactor);
         let over: Vec<usize> = self
             .sessions
             .iter()
@@ -141,9 +172,23 @@ impl Server {
             let mut shared = self.wakeups.0.borrow_mut();
             shared.wakers.remove(&key);
             shared.answers.remove(&key);
+            shared.writing.remove(&key);
             shared.requests.retain(|request| request.session != key);
         }
         self.wakeups.0.borrow_mut().requests.pop_front()
+    }
+
+    /// Has the poller tell when a client's socket can be written, as long as its session waits for that.
+    fn poll_writers(&mut self, reactor: &mut Reactor) {
+        let shared = self.wakeups.0.borrow();
+        for (key, session) in &mut self.sessions {
+            let wanted = shared.writing.contains(key);
+            if wanted != session.polls_writable
+                && reactor.modify(session.stream.as_fd(), *key, wanted).is_ok()
+            {
+                session.polls_writable = wanted;
+            }
+        }
     }
 
     /// Answers a question with a line of JSON.
@@ -159,7 +204,7 @@ impl Server {
     /// When [`Server::turn`] is due though nothing happens: a session has been open for too long.
     #[must_use]
     pub fn deadline(&self) -> Option<Duration> {
-        self.sessions.values().map(|session| session.ends_at).min()
+        self.sessions.values().map(|session| session.ends_at).chain(self.listens_at).min()
     }
 
     /// The listener's descriptor.
@@ -172,5 +217,44 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn an_answer_longer_than_a_sockets_buffer_arrives_whole() {
+        let directory = std::env::temp_dir().join(format!("vbdd-control-{}", std::process::id()));
+        std::fs::create_dir_all(&directory).unwrap();
+        let mut reactor = Reactor::new().unwrap();
+        let mut server = Server::open(&directory, 16, &mut reactor).unwrap();
+        let mut client = UnixStream::connect(directory.join(SOCKET_NAME)).unwrap();
+        client.write_all(b"status json\n").unwrap();
+        client.shutdown(std::net::Shutdown::Write).unwrap();
+        let reader = std::thread::spawn(move || {
+            let mut answer = String::new();
+            client.read_to_string(&mut answer).map(|_| answer.len())
+        });
+        let long = "x".repeat(3 << 20);
+        let mut ready = Vec::new();
+        let mut turns = 0;
+        while !reader.is_finished() {
+            reactor.wait(Some(Duration::from_millis(20)), &mut ready);
+            for one in ready.drain(..) {
+                server.ready(one, Duration::ZERO, &mut reactor);
+            }
+            while let Some(request) = server.turn(Duration::ZERO, &mut reactor) {
+                server.answer(&request, long.clone());
+            }
+            turns += 1;
+            assert!(turns < 100_000, "it spins");
+        }
+        assert_eq!(reader.join().unwrap().unwrap(), long.len() + 1);
+        std::fs::remove_dir_all(&directory).unwrap();
     }
 }

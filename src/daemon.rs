@@ -6,7 +6,7 @@ use std::time::Duration;
 use log::{info, warn};
 use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec};
 
-use crate::backend::{Backend, Measured, Options};
+use crate::backend::{Backend, Measured, Options, disks_that_fit};
 use crate::cli::serve::{PlaceOption, ServeOptions};
 use crate::control;
 use crate::error::Error;
@@ -130,6 +130,14 @@ impl Daemon {
             PlaceOption::Auto => Place::DriverDomain,
         };
         info!("serving {} as domain {own_domain}, {place:?}", options.kinds.join(", "));
+        if own_domain != 0 {
+            let (nodes, watches) = options.quotas;
+            let kinds = u32::try_from(options.kinds.len()).unwrap_or(0);
+            let disks = disks_that_fit(nodes, watches, kinds);
+            info!(
+                "about {disks} disks fit into this domain's share of xenstore, if that is {nodes} nodes and {watches} watches"
+            );
+        }
         let mut vbd = Config::new(own_domain, place);
         vbd.terms = options.terms(vbd.terms);
         vbd.terms.offered.persistent = options.persistent_grants;

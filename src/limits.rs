@@ -111,6 +111,18 @@ pub const WORLD_READ_NODES: u32 = 30;
 /// second for 1 000 disks. A host at rest is not woken for it.
 pub const SIZES_INTERVAL: Duration = Duration::from_secs(10);
 
+/// Nodes of one disk that count against the quota of the domain that owns its backend directory: libxl writes 16 with the
+/// directory itself, xenopsd up to 20; vbdd at most 15 (`docs/xenstore.md`, "Written in BE"), and a directory for each guest.
+pub const NODES_PER_DISK: u32 = 36;
+
+/// What C xenstored lets an unprivileged domain have, if nobody has raised it: nodes and watches.
+pub const XENSTORE_NODES: u32 = 1000;
+/// See [`XENSTORE_NODES`].
+pub const XENSTORE_WATCHES: u32 = 128;
+
+/// How often a watch that xenstored refused is asked for again, for up to [`DEVICES_MAX`] disks: 200 requests a second.
+pub const REWATCH_INTERVAL: Duration = Duration::from_secs(5);
+
 /// Log lines about one disk: 10 at once, then one each 10 seconds; with 1 000 hostile disks 100 lines a second.
 pub const NOTICES_BURST: u32 = 10;
 /// See [`NOTICES_BURST`].
@@ -125,6 +137,9 @@ pub const CONTROL_SESSIONS_MAX: usize = 16;
 pub const CONTROL_SESSION_AGE: Duration = Duration::from_secs(10);
 /// See [`CONTROL_SESSIONS_MAX`].
 pub const CONTROL_LINE_BYTES_MAX: usize = 1024;
+
+/// How long the control door does not listen after it could not take a client.
+pub const CONTROL_REST: Duration = Duration::from_secs(1);
 
 /// How long after the last request the buffers' memory goes back to the system.
 pub const TRIM_AFTER: Duration = Duration::from_secs(5);

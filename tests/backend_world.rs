@@ -2,10 +2,14 @@
 //! and operators do, each with disks of other guests beside it that must not notice.
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::cast_possible_truncation, unreachable_pub)]
 
+#[path = "backend_world/frontends.rs"]
+mod frontends;
 #[path = "backend_world/host.rs"]
 mod host;
 #[path = "backend_world/media.rs"]
 mod media;
+#[path = "backend_world/quotas.rs"]
+mod quotas;
 #[path = "backend_world/shapes.rs"]
 mod shapes;
 mod world;
@@ -338,6 +342,7 @@ fn disks_that_exist_at_start_are_found() {
     const COUNT: u16 = 36;
     both_places(|seed, own| {
         let mut host = Host::new(seed, own);
+        host.store.quotas.nodes = 2000;
         host.stop();
         let disks: Vec<(usize, String)> = (1..=COUNT).map(|_| host.add_image(100)).collect();
         for (n, (_, path)) in disks.iter().enumerate() {

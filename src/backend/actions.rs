@@ -34,6 +34,10 @@ pub(super) fn publication_outcome(outcome: Outcome) -> vbd::Event<'static> {
         Outcome::GuardFailed { .. } | Outcome::Failed(Failure::ConnectionLost { .. }) => {
             vbd::Event::Superseded
         }
+        Outcome::Failed(Failure::Refused { code, path }) if super::quotas::is_quota(code) => {
+            let failure = Failure::Refused { code, path };
+            vbd::Event::PublishFailed(format!("{failure}; {}", super::quotas::RAISE))
+        }
         Outcome::Failed(failure) => vbd::Event::PublishFailed(failure.to_string()),
         other => vbd::Event::PublishFailed(format!("xenstored answered {other:?}")),
     }

@@ -11,14 +11,22 @@ use crate::vbd::{self, Address, Geometry, OpenRequest};
 
 /// What an empty drive says of its medium.
 const NOTHING: Opened = Opened {
-    discard: None,
     file: FileId::NONE,
     identity: Identity::Device { number: u64::MAX },
     size_bytes: 0,
     physical_block_bytes: 512,
     direct: false,
     locked: true,
+    discard: None,
 };
+
+/// How an image can be punched.
+pub(super) fn discard_of(opened: &Opened) -> Option<vbd::Discard> {
+    opened.discard.map(|unit| vbd::Discard {
+        granularity_bytes: unit.granularity_bytes,
+        alignment_bytes: unit.alignment_bytes,
+    })
+}
 
 /// What came of looking at an image's size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,8 +82,9 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
         image.opened.size_bytes = size_bytes;
         let (disk, physical_sector_bytes) = (image.disk, image.opened.physical_block_bytes);
         let path = image.request.image.path.clone();
+        let discard = discard_of(&image.opened);
+        let geometry = Geometry { sectors, physical_sector_bytes, discard };
         self.pump.resize_disk(disk, sectors);
-        let geometry = Geometry { sectors, physical_sector_bytes, discard: None };
         self.pending.push_back((address, Pending::Step(vbd::Event::Resized(geometry))));
         let level = if sectors < before { log::Level::Warn } else { log::Level::Info };
         self.notice(address, level, &format!("{path} has {sectors} sectors now, and had {before}"));

@@ -160,6 +160,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
     pub(super) fn forget(&mut self, session: &mut Session, address: Address) {
         let Some(device) = self.devices.remove(&address) else { return };
         self.by_token.remove(&device.token);
+        self.unwatched.retain(|(_, token, _)| token.0 != device.token);
         if let Ok(path) = Path::parse(&format!("{}/state", address.frontend_path())) {
             session.unwatch(&path, WatchToken(device.token));
         }

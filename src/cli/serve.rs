@@ -8,6 +8,7 @@ use rings::Abi;
 
 use super::usage;
 use crate::error::Error;
+use crate::limits::{XENSTORE_NODES, XENSTORE_WATCHES};
 use crate::storage::engine::EngineChoice;
 use crate::vbd::{Config, Place, Terms};
 
@@ -21,11 +22,13 @@ Usage: vbdd serve --kind KIND --root DIR [OPTIONS]
   --engine ENGINE       auto, uring or aio: how images are read and written (auto)
   --place PLACE         auto, dom0 or driver-domain: who cleans up after an unplug (auto: dom0 if this domain is 0)
   --default-abi ABI     x86_64, x86_32 or arm: for a frontend that does not name its ABI (x86_64)
-  --disk-options WORDS  what every disk is served with, as in the node vbdd: in-order, persistent=0, discard=0, max-queues=N,
-                        max-ring-page-order=N
+  --disk-options WORDS  what every disk is served with, as in the node vbdd: in-order, barrier, persistent=0, discard=0,
+                        max-queues=N, max-ring-page-order=N
   --persistent-grants   offer frontends to keep their pages mapped; slower for vbdd than copying, see docs/performance.md
   --state-dir DIR       where live rings are written down for the next vbdd (/run/vbdd)
   --assume-clean        take over rings that no journal tells of, as the last vbdd was stopped with SIGTERM
+  --xenstore-nodes N    this domain's quota of nodes, if it was raised: how many disks fit is said at the start (1000)
+  --xenstore-watches N  this domain's quota of watches, likewise (128)
   --xenstore PATH       the socket or device of xenstore (found by itself)
   --log-level LEVEL     error, warn, info, debug or trace (info); RUST_LOG overrides it
   --json                errors on standard error as JSON
@@ -67,6 +70,8 @@ pub struct ServeOptions {
     pub state_dir: PathBuf,
     /// Rings without a journal were left with everything answered.
     pub assume_clean: bool,
+    /// The domain's quotas in xenstore, as far as known: nodes and watches.
+    pub quotas: (u32, u32),
     /// The socket or device, where it is not to be found automatically.
     pub xenstore: Option<PathBuf>,
     /// The level of the log.
@@ -95,6 +100,7 @@ pub(super) fn parse(parser: &mut Parser) -> Result<Option<ServeOptions>, Error> 
         persistent_grants: false,
         state_dir: PathBuf::from("/run/vbdd"),
         assume_clean: false,
+        quotas: (XENSTORE_NODES, XENSTORE_WATCHES),
         xenstore: None,
         log_level: log::LevelFilter::Info,
     };
@@ -141,6 +147,8 @@ pub(super) fn parse(parser: &mut Parser) -> Result<Option<ServeOptions>, Error> 
             Long("state-dir") => options.state_dir = path(parser)?,
             Long("persistent-grants") => options.persistent_grants = true,
             Long("assume-clean") => options.assume_clean = true,
+            Long("xenstore-nodes") => options.quotas.0 = number(parser, "--xenstore-nodes")?,
+            Long("xenstore-watches") => options.quotas.1 = number(parser, "--xenstore-watches")?,
             Long("xenstore") => options.xenstore = Some(path(parser)?),
             Long("log-level") => {
                 let text = value(parser)?;
@@ -170,6 +178,11 @@ pub(super) fn parse(parser: &mut Parser) -> Result<Option<ServeOptions>, Error> 
 
 fn value(parser: &mut Parser) -> Result<String, Error> {
     parser.value().and_then(|value| value.string()).map_err(|error| usage(&error))
+}
+
+fn number(parser: &mut Parser, option: &str) -> Result<u32, Error> {
+    let text = value(parser)?;
+    text.parse().map_err(|_| Error::new(format!("{option} {text}: no number"), "a whole number"))
 }
 
 fn path(parser: &mut Parser) -> Result<PathBuf, Error> {

@@ -15,8 +15,7 @@ pub(super) async fn run(stream: Rc<UnixStream>, key: usize, wakeups: Wakeups) {
     while let Some(line) = read_line(&stream, key, &wakeups, &mut received).await {
         let words: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
         let answer = ask(words, key, &wakeups).await;
-        // The socket's buffer holds hundreds of disks' status; a client that does not read loses the rest.
-        if (&*stream).write_all(answer.as_bytes()).is_err() {
+        if !write_all(&stream, key, &wakeups, answer.as_bytes()).await {
             return;
         }
     }
@@ -33,6 +32,25 @@ async fn ready(key: usize, wakeups: &Wakeups) {
         Poll::Pending
     })
     .await;
+}
+
+/// Writes all of it, at the client's pace: the status of many disks is longer than a socket's buffer. False if it cannot be
+/// written.
+async fn write_all(stream: &UnixStream, key: usize, wakeups: &Wakeups, mut bytes: &[u8]) -> bool {
+    while !bytes.is_empty() {
+        match (&*stream).write(bytes) {
+            Ok(0) => return false,
+            Ok(length) => bytes = bytes.get(length..).unwrap_or_default(),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                wakeups.0.borrow_mut().writing.insert(key);
+                ready(key, wakeups).await;
+                wakeups.0.borrow_mut().writing.remove(&key);
+            }
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(_) => return false,
+        }
+    }
+    true
 }
 
 async fn read_line(

@@ -35,7 +35,7 @@ impl Vbd {
             && rings.len() > 1
             && rings.first() == self.given_up.as_ref()
         {
-            rings.reverse();
+            rings.rotate_left(1);
         }
         self.settle_medium(&mut view);
         self.observe(&view, actions);

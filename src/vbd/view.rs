@@ -190,8 +190,17 @@ struct Scheme {
     queues: u32,
     /// Pages of each queue; 1 if it says nothing.
     pages: u32,
-    /// It has said how many pages: then even a single one may be called `ring-ref0`.
-    counted: bool,
+    counted: Counted,
+}
+
+/// Whether a frontend has said how many pages it has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Counted {
+    No,
+    /// Then even a single one may be called `ring-ref0`.
+    Yes,
+    /// Another one has.
+    Stale,
 }
 
 impl Scheme {
@@ -202,7 +211,9 @@ impl Scheme {
             Some(order) => Some(1u32.checked_shl(order).unwrap_or(u32::MAX)),
             None => number(world, "num-ring-pages")?,
         };
-        Ok(Scheme { queues, pages: counted.unwrap_or(1), counted: counted.is_some() })
+        let pages = counted.unwrap_or(1);
+        let counted = if counted.is_some() { Counted::Yes } else { Counted::No };
+        Ok(Scheme { queues, pages, counted })
     }
 
     /// Whether it can be meant at all.
@@ -228,7 +239,23 @@ impl Scheme {
             return (0..self.pages).map(|page| (format!("{place}ring-ref{page}"), None)).collect();
         }
         let (plain, numbered) = (format!("{place}ring-ref"), format!("{place}ring-ref0"));
-        vec![if self.counted { (numbered, Some(plain)) } else { (plain, Some(numbered)) }]
+        match self.counted {
+            Counted::No => vec![(plain, Some(numbered))],
+            Counted::Yes => vec![(numbered, Some(plain))],
+            Counted::Stale => vec![(plain, None)],
+        }
+    }
+
+    /// The other ways to read the same nodes, were the number of queues or pages an earlier frontend's. Its nodes of one page are
+    /// then those that cannot be part of a larger ring.
+    fn others(self) -> impl Iterator<Item = Scheme> {
+        let one_page = Scheme { pages: 1, counted: Counted::Stale, ..self };
+        let one_queue = Scheme { queues: 1, ..self };
+        let plain = Scheme { queues: 1, ..one_page };
+        let (queues, pages) = (self.queues > 1, self.pages > 1);
+        [(queues && pages, one_page), (queues && pages, one_queue), (queues || pages, plain)]
+            .into_iter()
+            .filter_map(|(differs, scheme)| differs.then_some(scheme))
     }
 
     fn queue(self, queue: u32, world: &World) -> Result<QueuePlan, Misdeed> {
@@ -254,8 +281,6 @@ impl Scheme {
     }
 }
 
-const PLAIN: Scheme = Scheme { queues: 1, pages: 1, counted: false };
-
 /// The names of the nodes that a declared scheme needs beyond those that are always read.
 pub(super) fn further_names(world: &World) -> Vec<String> {
     let Ok(scheme) = Scheme::declared(world) else { return Vec::new() };
@@ -264,11 +289,17 @@ pub(super) fn further_names(world: &World) -> Vec<String> {
     }
     let mut names = Vec::new();
     for queue in 0..scheme.queues {
-        for (name, other) in scheme.references(queue) {
-            names.push(name);
-            names.extend(other);
+        names.extend(
+            scheme.references(queue).into_iter().flat_map(|(name, other)| [Some(name), other]).flatten(),
+        );
+        if scheme.pages > 1 && scheme.queues > 1 {
+            names.push(format!("{}ring-ref", scheme.place(queue)));
         }
         names.push(format!("{}event-channel", scheme.place(queue)));
+    }
+    if scheme.pages > 1 && scheme.queues > 1 {
+        let one_queue = Scheme { queues: 1, ..scheme };
+        names.extend(one_queue.references(0).into_iter().map(|(name, _)| name));
     }
     names
 }
@@ -276,8 +307,8 @@ pub(super) fn further_names(world: &World) -> Vec<String> {
 /// Reads the frontend's description of its ring.
 ///
 /// What an earlier frontend of the same guest left behind can contradict it: Linux writes no number of queues or pages
-/// where it uses one, and does not remove the one that it finds. So where a scheme of several is declared and a plain
-/// ring stands beside it, either may be meant: the declared scheme first.
+/// where it uses one, and does not remove the one that it finds. So where several are declared, nodes of one may be
+/// meant: each way to read them that makes a whole ring is a candidate, what is declared first.
 fn rings(terms: &Terms, trusting: bool, world: &World) -> Result<Vec<RingPlan>, Misdeed> {
     let abi = match world.node(Side::Frontend, "protocol") {
         Node::Missing => terms.default_abi,
@@ -299,14 +330,21 @@ fn rings(terms: &Terms, trusting: bool, world: &World) -> Result<Vec<RingPlan>, 
         (terms.offered.queues_max, terms.offered.ring_page_order_max)
     };
     let declared = scheme.check(queues_max, order_max).and_then(|()| scheme.queues(world));
-    let several = (scheme.queues, scheme.pages) != (1, 1);
-    let beside = several && world.node(Side::Frontend, "ring-ref").is_present();
-    let plain = if beside { PLAIN.queues(world).ok() } else { None };
-    let plan = |queues| RingPlan { abi, queues, persistent };
-    match (declared, plain) {
-        (Ok(declared), plain) => Ok(std::iter::once(declared).chain(plain).map(plan).collect()),
-        (Err(_), Some(plain)) => Ok(vec![plan(plain)]),
-        (Err(misdeed), None) => Err(misdeed),
+    let mut rings = Vec::new();
+    let refusal = match declared {
+        Ok(queues) => {
+            rings.push(queues);
+            None
+        }
+        Err(misdeed) => Some(misdeed),
+    };
+    for other in scheme.others() {
+        let possible = other.check(queues_max, order_max).and_then(|()| other.queues(world));
+        rings.extend(possible.ok().filter(|queues| !rings.contains(queues)));
+    }
+    match refusal {
+        Some(misdeed) if rings.is_empty() => Err(misdeed),
+        _ => Ok(rings.into_iter().map(|queues| RingPlan { abi, queues, persistent }).collect()),
     }
 }
 

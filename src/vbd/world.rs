@@ -151,5 +151,7 @@ pub fn further_keys(world: &World) -> Vec<Key> {
     names.into_iter().map(|name| Key { side: Side::Frontend, name: Cow::Owned(name) }).collect()
 }
 
-/// The most [`further_keys`] that there are: 17 nodes for each of 8 queues.
-pub const FURTHER_KEYS_MAX: usize = QUEUES_MAX as usize * (RING_PAGES_MAX + 1);
+/// The most [`further_keys`] that there are: 18 nodes for each of 8 queues, and 16 for a ring without queues.
+pub const FURTHER_KEYS_MAX: usize = QUEUES_MAX as usize * (RING_PAGES_MAX + 2) + RING_PAGES_MAX;
+
+const _: () = assert!(FURTHER_KEYS_MAX <= xenstore::limits::NODES_PER_JOB_MAX);

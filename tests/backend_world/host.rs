@@ -36,6 +36,8 @@ pub struct Host {
     pub store: XenstoreServer,
     pub own: u16,
     place: Place,
+    /// The directory that devices are made in.
+    pub kind: &'static str,
     connection: Option<ConnectionId>,
     pub session: Session,
     pub backend: Option<SimBackend>,
@@ -65,6 +67,7 @@ impl Host {
             store,
             own,
             place,
+            kind: "vbd",
             connection: None,
             session: Session::new(StoreConfig::default()),
             backend: None,
@@ -87,7 +90,7 @@ impl Host {
 
     /// Starts a process.
     pub fn start(&mut self) {
-        let options = Options { kinds: vec![Kind::Vbd, Kind::Qdisk], vbd: Config::new(self.own, self.place) };
+        let options = Options { kinds: Kind::ALL.to_vec(), vbd: Config::new(self.own, self.place) };
         let storage = SimStorage::new(self.shared.clone(), self.pool_bytes);
         let journals = Box::new(SimJournals(self.shared.clone()));
         let now = self.shared.clock.now();
@@ -100,6 +103,11 @@ impl Host {
         self.connection = Some(self.store.connect(self.own));
         self.session.connected();
         self.again = true;
+    }
+
+    /// The most requests that this connection had outstanding at once.
+    pub fn outstanding_max(&self) -> usize {
+        self.connection.map_or(0, |id| self.store.outstanding_max_seen(id))
     }
 
     pub fn lose_store(&mut self) {
@@ -159,7 +167,7 @@ impl Host {
     }
 
     pub fn be(&self, guest: u16) -> String {
-        format!("/local/domain/{}/backend/vbd/{guest}/{DEVID}", self.own)
+        format!("/local/domain/{}/backend/{}/{guest}/{DEVID}", self.own, self.kind)
     }
 
     pub fn fe(guest: u16) -> String {
@@ -231,12 +239,18 @@ impl Host {
         self.store.write_all(0, &all).unwrap();
     }
 
-    /// The guest makes a ring and announces it, in the words of Linux.
-    pub fn announce(&mut self, habits: Habits, state: &str) {
-        let guest = habits.domain;
+    /// The guest makes its rings, and begins to put requests on them.
+    pub fn make_rings(&mut self, habits: Habits) -> Vec<RingPlan> {
         let actor = SaneGuest::new(&self.shared, habits);
         let rings = actor.rings();
         self.shared.guests.borrow_mut().push(Box::new(actor));
+        rings
+    }
+
+    /// The guest makes a ring and announces it, in the words of Linux.
+    pub fn announce(&mut self, habits: Habits, state: &str) {
+        let guest = habits.domain;
+        let rings = self.make_rings(habits);
         let nodes = ring_nodes(&rings);
         let mut nodes: Vec<(&str, &str)> =
             nodes.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();

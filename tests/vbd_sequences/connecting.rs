@@ -27,8 +27,6 @@ fn everything_is_published_with_2_where_we_play_the_script() {
         ("max-ring-pages", "16"),
         ("multi-queue-max-queues", "4"),
         ("feature-max-indirect-segments", "256"),
-        ("feature-persistent", "1"),
-        ("feature-barrier", "1"),
         ("sectors", "2048"),
         ("sector-size", "512"),
         ("physical-sector-size", "4096"),
@@ -74,7 +72,13 @@ fn discard_is_offered_where_the_image_can_be_punched_and_written() {
 /// What an earlier process offered and this one does not is taken back before the next frontend looks.
 #[test]
 fn an_offer_that_is_withdrawn_is_removed() {
-    let mut host = Host::connected(DRIVER);
+    let mut host = Host::empty(DRIVER);
+    host.config.terms.offered.persistent = true;
+    host.config.terms.offered.barrier = true;
+    host.plug();
+    host.run().fire(Timer::Settle);
+    host.ring(8, 9).fe(3).fe(4);
+    assert_eq!(host.be("feature-barrier"), Some("1"));
     host.killed();
     host.config.terms = host.config.terms.with("persistent=0 max-queues=1 max-ring-page-order=0").unwrap();
     host.run();

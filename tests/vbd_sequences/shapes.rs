@@ -1,6 +1,6 @@
 //! Rings of several pages and queues, in every spelling, and what earlier frontends left beside them.
 
-use vbdd::vbd::{Misdeed, Notice, RingPlan};
+use vbdd::vbd::{FURTHER_KEYS_MAX, Misdeed, Notice, RingPlan, further_keys};
 
 use crate::host::{BE, FE, Host, bad_grant, ready};
 
@@ -150,6 +150,39 @@ fn what_cannot_be_meant_beside_a_plain_ring_is_an_earlier_frontends() {
         host.ring(8, 9).fe(3);
         assert_eq!(host.took(), "connect [8]/9, 4", "{nodes:?}");
     }
+}
+
+/// Two frontends before: four pages in two queues; one before: a plain ring; now: four queues of one page.
+#[test]
+fn pages_of_one_and_queues_of_another_frontend() {
+    let mut host = ready();
+    put(&mut host, &[("ring-page-order", "1"), ("multi-queue-num-queues", "3")]);
+    for queue in 0..2 {
+        for node in ["ring-ref0", "ring-ref1", "event-channel"] {
+            host.put(FE, &format!("queue-{queue}/{node}"), "50");
+        }
+    }
+    host.ring(8, 9);
+    for queue in 0..3 {
+        host.put(FE, &format!("queue-{queue}/ring-ref"), &(20 + queue).to_string());
+        host.put(FE, &format!("queue-{queue}/event-channel"), &(30 + queue).to_string());
+    }
+    host.fe(3);
+    assert_eq!(host.took(), "connect [20]/30+[21]/31+[22]/32 or [8]/9, 4");
+    // Each number may be the stale one.
+    put(&mut host, &[("queue-2/ring-ref0", "60"), ("queue-2/ring-ref1", "61")]);
+    put(&mut host, &[("ring-ref0", "70"), ("ring-ref1", "71")]);
+    host.run();
+    let all = "drain, connect [50, 50]/30+[50, 50]/31+[60, 61]/32 or [20]/30+[21]/31+[22]/32 or [70, 71]/9 or [8]/9, 4";
+    assert_eq!(host.took(), all);
+}
+
+#[test]
+fn the_most_nodes_that_a_frontend_can_have_fit_into_one_read() {
+    let mut host = ready();
+    put(&mut host, &[("ring-page-order", "4"), ("multi-queue-num-queues", "8"), ("state", "3")]);
+    let keys = further_keys(&host.world());
+    assert_eq!(keys.len(), FURTHER_KEYS_MAX);
 }
 
 fn rings(host: &Host) -> &[RingPlan] {
