@@ -55,20 +55,19 @@ base() {
   modules "$root" "$@"
 }
 
-# modules FOLDER MODULE...: from the unpacked packages below SOURCE.
 modules() {
-  local root=$1 tree version name file from=${SOURCE:-$PACKAGES}
+  local root=$1 tree version name file
   shift
-  version=$(ls "$from/root/lib/modules")
+  version=$(ls "$PACKAGES/root/lib/modules")
   tree=lib/modules/$version
   for name in "$@"; do
-    file=$(grep -E "/(${name//[-_]/[-_]})\.ko:" "$from/root/$tree/modules.dep") || die "the kernel has no module $name"
+    file=$(grep -E "/(${name//[-_]/[-_]})\.ko:" "$PACKAGES/root/$tree/modules.dep") || die "the kernel has no module $name"
     for file in ${file/:/}; do
       mkdir -p "$root/$tree/$(dirname "$file")"
-      cp "$from/root/$tree/$file" "$root/$tree/$file"
+      cp "$PACKAGES/root/$tree/$file" "$root/$tree/$file"
     done
   done
-  cp "$from/root/$tree"/modules.{builtin,builtin.modinfo,order} "$root/$tree/"
+  cp "$PACKAGES/root/$tree"/modules.{builtin,builtin.modinfo,order} "$root/$tree/"
   "$PACKAGES/root/sbin/depmod" -b "$root" "$version"
 }
 
@@ -145,16 +144,4 @@ build_guest() {
   ln -s mke2fs "$root/sbin/mkfs.ext4"
   cp -r "$IMAGE_DIR"/domains/guest/. "$root/"
   chmod 755 "$root/init"
-}
-
-# build_i386 FILE: the archive of a 32-bit guest, of what fetch_i386 has brought: busybox alone.
-build_i386() {
-  local root
-  root=$(mktemp -d)
-  SOURCE=$I386 base "$root" $EXT4_MODULES xen-blkfront
-  cp "$I386/root/bin/busybox" "$root/bin/busybox"
-  cp -r "$IMAGE_DIR"/domains/guest/. "$root/"
-  chmod 755 "$root/init"
-  archive "$root" "$1"
-  rm -r "$root"
 }

@@ -1,5 +1,4 @@
 # Fetches and unpacks the packages of packages.txt. Sourced after common.sh; PACKAGES is where they lie afterwards.
-# fetch_i386 does the same for a 32-bit kernel.
 
 PACKAGES=$CACHE/packages-$(hash_of "$IMAGE_DIR/packages.txt")
 
@@ -32,36 +31,6 @@ fetch_locked() {
   date -u +%F >"$new/done"
   rm -rf "$PACKAGES"
   mv "$new" "$PACKAGES"
-}
-
-# fetch_i386: a 32-bit kernel and busybox for the guest with the 32-bit ABI. I386 is where they lie; empty when they cannot be had,
-# which only costs that one scenario. apt gets a state of its own, so that nothing of the host's architecture changes.
-fetch_i386() {
-  I386=$CACHE/i386-$(hash_of "$IMAGE_DIR/fetch.sh")
-  [ -e "$I386/done" ] || with_lock i386 fetch_i386_locked || { say "no 32-bit packages: $(tail -1 "$I386.new/apt.log")"; I386=""; }
-}
-
-fetch_i386_locked() {
-  [ -e "$I386/done" ] && return
-  say "fetching a 32-bit kernel (about 53 MB, once)"
-  local new=$I386.new kernel deb apt
-  rm -rf "$new"
-  mkdir -p "$new"/{deb,root,state/lists/partial,cache/archives/partial}
-  touch "$new/state/status"
-  echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian bookworm main" >"$new/sources.list"
-  apt=(-q -o APT::Sandbox::User=root -o APT::Architecture=i386 -o APT::Architectures=i386 -o Acquire::Languages=none
-    -o Dir::State="$new/state" -o Dir::State::status="$new/state/status" -o Dir::Cache="$new/cache"
-    -o Dir::Etc::sourceparts=/dev/null -o Dir::Etc::sourcelist="$new/sources.list" -o Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false)
-  apt-get "${apt[@]}" update >"$new/apt.log" 2>&1 || return 1
-  kernel=$(apt-cache "${apt[@]}" depends linux-image-686-pae | awk '/Depends: linux-image-/ { print $2; exit }')
-  (cd "$new/deb" && apt-get "${apt[@]}" download busybox-static "$kernel" >>"$new/apt.log" 2>&1) || return 1
-  for deb in "$new"/deb/*.deb; do dpkg -x "$deb" "$new/root"; done
-  extract_vmlinux "$new"/root/boot/vmlinuz-* >"$new/vmlinux"
-  /sbin/depmod -b "$new/root" "$(ls "$new/root/lib/modules")" 2>/dev/null || "$PACKAGES/root/sbin/depmod" -b "$new/root" "$(ls "$new/root/lib/modules")" || return 1
-  rm -r "$new"/{deb,state,cache}
-  touch "$new/done"
-  rm -rf "$I386"
-  mv "$new" "$I386"
 }
 
 newest_kernel() { apt-cache depends linux-image-amd64 2>/dev/null | awk '/Depends: linux-image-/ { print $2; found = 1; exit } END { exit !found }'; }

@@ -129,11 +129,11 @@ pub struct Backend<H, S> {
     crowded: Vec<Address>,
     /// Directories whose listing did: at most one for each guest and kind.
     unlisted: Vec<Purpose>,
-    /// Watches that xenstored refused, to be asked for again.
-    unwatched: Vec<(Duration, WatchToken, Path)>,
     /// No timer of a device is due before this: the loop passes here with every batch of requests, and must not look at
     /// every device. May be too early, as timers are cancelled.
     timers_due: Option<Duration>,
+    /// Watches that xenstored refused, to be asked for again.
+    unwatched: Vec<(Duration, WatchToken, Path)>,
     /// When the sizes of the images were looked at.
     sizes_at: Duration,
     stopping: bool,
@@ -163,8 +163,8 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
             pending: VecDeque::new(),
             crowded: Vec::new(),
             unlisted: Vec::new(),
-            unwatched: Vec::new(),
             timers_due: None,
+            unwatched: Vec::new(),
             sizes_at: now,
             stopping: false,
         }

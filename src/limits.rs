@@ -65,13 +65,13 @@ pub const STARVED_PATIENCE: Duration = Duration::from_secs(2);
 /// command takes by itself.
 pub const TRANSFER_COST: u64 = 16 << 10;
 
-/// What may be at a storage device at once while guests share it, at most: 384 KiB are 19 transfers of 4 KiB, 6 of 44 KiB or
-/// 2 of 128 KiB, which is what keeps a solid-state disk busy; whoever comes with one transfer goes at once. What does not fit
+/// What may be at a storage device at once while guests share it, before it has shown what keeps it busy: 384 KiB are 19
+/// transfers of 4 KiB, 6 of 44 KiB or 2 of 128 KiB. Whoever comes with one transfer goes at once, and what does not fit
 /// waits in the memory that its guest holds.
-pub const DEVICE_COST_CONTENDED: u64 = 384 << 10;
+pub const DEVICE_COST_FIRST: u64 = 384 << 10;
 
-/// How long a transfer should stay at a shared device: a slow one gets less at once, down to one transfer.
-pub const DEVICE_DELAY: Duration = Duration::from_millis(2);
+/// The same at most, for storage that does the more the more it has.
+pub const DEVICE_COST_CONTENDED: u64 = 3 << 20;
 
 /// What may be at a storage device at once while one guest has it for itself: 4 MiB, which another that comes waits for once
 /// (2 ms at 2 GB/s). 256 transfers of 4 KiB count 5 MiB.

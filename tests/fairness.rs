@@ -21,6 +21,9 @@ use world::{Actor, Shared};
 /// Sectors of every image: 4 MiB.
 const SECTORS: u64 = 8192;
 
+/// What comes before is not counted.
+const WARM_UP_US: u64 = 500_000;
+
 /// What the processor needs, in nanoseconds.
 struct Cost;
 
@@ -118,7 +121,10 @@ impl Actor for Sender {
             while let Some(response) = queue.front.take() {
                 assert_eq!(response.status, 0, "guest {}", self.domain);
                 let sent = queue.sent_us[response.id as usize].take().unwrap();
-                self.latencies_us.borrow_mut().push(now - sent);
+                // At first the device is being measured.
+                if now > WARM_UP_US {
+                    self.latencies_us.borrow_mut().push(now - sent);
+                }
                 queue.in_flight -= 1;
                 any = true;
             }
@@ -215,7 +221,7 @@ fn run(speeds: &[Speed], loads: &[Load], count: usize) -> Outcome {
     let p99_us = all[all.len() * 99 / 100];
     let bytes = |(n, load): (usize, &Load)| latencies[n].borrow().len() as u64 * load.pages as u64 * 4096;
     let moved = loads.iter().enumerate().map(bytes).collect();
-    let seconds = shared.clock.now_us() as f64 / 1e6;
+    let seconds = (shared.clock.now_us() - WARM_UP_US) as f64 / 1e6;
     shared.guests.borrow_mut().clear();
     backend.pump = None;
     shared.xen.borrow_mut().process_died();
@@ -227,7 +233,7 @@ fn is_fair(name: &str, speeds: &[Speed], victim: Load, others: &[Load]) -> Outco
     let alone = run(speeds, &[victim], 500);
     let mut loads = vec![victim];
     loads.extend(others);
-    let among = run(speeds, &loads, 2000);
+    let among = run(speeds, &loads, 1000);
     let rates: Vec<String> =
         among.moved.iter().map(|moved| format!("{:.0}", *moved as f64 / among.seconds / 1e6)).collect();
     println!("{name}: alone {} us, among others {} us; MB/s {}", alone.p99_us, among.p99_us, rates.join(" "));
@@ -244,7 +250,7 @@ fn is_fair(name: &str, speeds: &[Speed], victim: Load, others: &[Load]) -> Outco
 fn a_victim_beside_one_flood() {
     for pages in [1, 11, 256] {
         for op in [READ, WRITE] {
-            for victim in [VICTIM, Load { op: WRITE, ..VICTIM }, Load { pages: 11, ..VICTIM }] {
+            for victim in [Load { op: READ + WRITE - op, ..VICTIM }, Load { pages: 11, ..VICTIM }] {
                 let name = format!("{victim:?} beside {pages} pages, operation {op}");
                 is_fair(&name, &[Speed::FLASH], victim, &[Load { op, pages, ..FLOOD }]);
             }
@@ -254,7 +260,7 @@ fn a_victim_beside_one_flood() {
 
 #[test]
 fn a_victim_beside_several_floods() {
-    for count in [2, 4, 8] {
+    for count in [2, 8] {
         for pages in [1, 11, 256] {
             let floods = vec![Load { pages, ..FLOOD }; count];
             let among =

@@ -72,7 +72,7 @@ pub struct WorkId(pub u32);
 pub struct Work {
     /// Its name for [`Disk::done`].
     pub id: WorkId,
-    /// In which image: the number given to [`Disk::new`] or [`Disk::push_leaf`].
+    /// In which image: the number given to [`Disk::new`].
     pub image: u32,
     /// What.
     pub kind: WorkKind,
@@ -103,6 +103,8 @@ pub enum WorkKind {
     ZeroGuest,
     /// Copy [`Disk::bytes`] to the guest's memory. The image has no part in it.
     CopyToGuest,
+    /// Nothing: a long request lets others have their turn, and goes on when this is answered.
+    Yield,
 }
 
 /// Which memory a piece of work is about.
@@ -363,7 +365,8 @@ impl Disk {
         self.closed
     }
 
-    /// Writes dirty pages although nobody waits for it: for a quiet moment.
+    /// Writes dirty pages although nobody waits for it: to be called about once a second, so that a guest that neither flushes nor
+    /// does anything else does not keep the cache's pages from others.
     pub fn write_back(&mut self, pages: &mut Pages) {
         let stamp = self.shared.ledger.stamp();
         self.shared.ledger.want(stamp);

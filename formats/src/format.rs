@@ -90,7 +90,7 @@ pub enum Zeroed {
         /// How many of the asked sectors.
         sectors: u64,
     },
-    /// The first `sectors` lie at `offset_bytes`: zeroes are to be written there.
+    /// The first `sectors` lie at `offset_bytes`: zeroes are to be written there, or, for a discard, the space given back.
     InPlace {
         /// Where in the image.
         offset_bytes: u64,
@@ -220,6 +220,12 @@ impl Context<'_> {
     /// [`Format::work`].
     pub fn durable(&mut self, stamp: Stamp) -> bool {
         self.ledger.want(stamp)
+    }
+
+    /// Whether that change and all before it are durable already: for what has time.
+    #[must_use]
+    pub fn is_durable(&self, stamp: Stamp) -> bool {
+        self.ledger.is_durable(stamp)
     }
 
     /// The sync behind which everything that has ended by now is durable.

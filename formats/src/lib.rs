@@ -20,6 +20,7 @@ pub mod medium;
 pub mod pages;
 pub mod qcow2;
 pub mod raw;
+pub mod vhd;
 
 pub use disk::{Disk, Limits, Op, Outcome, Payload, Request, Work, WorkId, WorkKind};
 pub use error::{Corruption, Failure, Unsupported};
@@ -29,6 +30,7 @@ pub use medium::Medium;
 pub use pages::{PAGE_BYTES, PageRef, Pages};
 pub use qcow2::Qcow2;
 pub use raw::Raw;
+pub use vhd::Vhd;
 
 /// Unit of sector numbers and counts, in bytes, whatever the medium's blocks are.
 pub const SECTOR_BYTES: u64 = 512;

@@ -96,16 +96,21 @@ pub struct Pages {
     free: Vec<u32>,
     hand: usize,
     pages_max: usize,
+    /// Pages beyond that, when all others are dirty or being read.
+    overdraft: usize,
+    dirty: usize,
     /// What it has done so far.
     pub counters: PageCounters,
 }
 
 impl Pages {
-    /// A cache of at most `bytes_max`, rounded up to 64 pages: less could not hold what one batch of requests touches. Memory is
-    /// taken as pages are needed, and kept.
+    /// A cache of at most `bytes_max`, rounded up to 64 pages: less could not hold what one batch of requests touches. While all of
+    /// it is dirty, a quarter more. Memory is taken as pages are needed, and kept.
     #[must_use]
     pub fn new(bytes_max: usize) -> Pages {
-        Pages::of_pages((bytes_max / PAGE_BYTES).max(64))
+        let mut pages = Pages::of_pages((bytes_max / PAGE_BYTES).max(64));
+        pages.overdraft = pages.pages_max / 4;
+        pages
     }
 
     /// A cache of exactly so many pages, for tests of pressure.
@@ -118,6 +123,8 @@ impl Pages {
             free: Vec::new(),
             hand: 0,
             pages_max,
+            overdraft: 0,
+            dirty: 0,
             counters: PageCounters::default(),
         }
     }
@@ -181,18 +188,7 @@ impl Pages {
             return Some(at);
         }
         if self.slots.len() < self.pages_max {
-            let at = u32::try_from(self.slots.len()).ok()?;
-            self.slots.push(Slot {
-                key: Key { disk: 0, image: 0, offset_bytes: 0 },
-                state: State::Free,
-                referenced: false,
-                pins: 0,
-                first: Stamp(0),
-                after: Tick::NONE,
-                next: NONE,
-                bytes: Box::new([0; PAGE_BYTES]),
-            });
-            return Some(at);
+            return self.add_slot();
         }
         for _ in 0..self.slots.len().saturating_mul(2) {
             self.hand = if self.hand + 1 < self.slots.len() { self.hand + 1 } else { 0 };
@@ -209,12 +205,34 @@ impl Pages {
             self.unlink(at);
             return Some(at);
         }
-        None
+        if self.slots.len() < self.pages_max + self.overdraft { self.add_slot() } else { None }
+    }
+
+    fn add_slot(&mut self) -> Option<u32> {
+        let at = u32::try_from(self.slots.len()).ok()?;
+        self.slots.push(Slot {
+            key: Key { disk: 0, image: 0, offset_bytes: 0 },
+            state: State::Free,
+            referenced: false,
+            pins: 0,
+            first: Stamp(0),
+            after: Tick::NONE,
+            next: NONE,
+            bytes: Box::new([0; PAGE_BYTES]),
+        });
+        Some(at)
+    }
+
+    /// Whether so much of the cache is dirty, by all disks, that each should write what it has.
+    #[must_use]
+    pub fn crowded(&self) -> bool {
+        self.dirty * 2 > self.pages_max
     }
 
     fn unlink(&mut self, at: u32) {
         let Some(slot) = self.slots.get_mut(at as usize) else { return };
         let (key, next) = (slot.key, slot.next);
+        self.dirty = self.dirty.saturating_sub(usize::from(slot.state == State::Dirty));
         slot.state = State::Free;
         slot.pins = 0;
         slot.next = NONE;
@@ -236,7 +254,8 @@ impl Pages {
 
     /// The page has been read (or is known): it is clean from now on. Shorter bytes are followed by zeroes.
     pub fn fill(&mut self, page: PageRef, bytes: &[u8]) {
-        let Some(slot) = self.slot_mut(page) else { return };
+        let Some(slot) = self.slots.get_mut(page.0 as usize) else { return };
+        self.dirty = self.dirty.saturating_sub(usize::from(slot.state == State::Dirty));
         let length = bytes.len().min(PAGE_BYTES);
         let (filled, rest) = slot.bytes.split_at_mut(length);
         filled.copy_from_slice(bytes.get(..length).unwrap_or_default());
@@ -265,7 +284,7 @@ impl Pages {
 
     /// Marks a page as changed: it stays until [`Pages::stage`] has taken a copy. Says whether it was clean before.
     pub(crate) fn mark(&mut self, page: PageRef, stamp: Stamp, after: Tick) -> bool {
-        let Some(slot) = self.slot_mut(page) else { return false };
+        let Some(slot) = self.slots.get_mut(page.0 as usize) else { return false };
         match slot.state {
             State::Dirty => {
                 slot.first = slot.first.min(stamp);
@@ -273,6 +292,7 @@ impl Pages {
                 false
             }
             State::Clean | State::Reading => {
+                self.dirty += 1;
                 slot.state = State::Dirty;
                 slot.first = stamp;
                 slot.after = after;
@@ -285,10 +305,11 @@ impl Pages {
     /// Takes a copy of a dirty page, which is clean from then on, but stays until [`Pages::unpin`]. `None` for what is not
     /// dirty, or of another disk.
     pub(crate) fn stage(&mut self, page: PageRef, disk: u32, copy: &mut [u8]) -> Option<(Key, Stamp, Tick)> {
-        let slot = self.slot_mut(page)?;
+        let slot = self.slots.get_mut(page.0 as usize)?;
         if slot.state != State::Dirty || slot.key.disk != disk {
             return None;
         }
+        self.dirty = self.dirty.saturating_sub(1);
         slot.state = State::Clean;
         slot.pins = slot.pins.saturating_add(1);
         copy.copy_from_slice(slot.bytes.get(..copy.len())?);

@@ -12,6 +12,7 @@ pub mod shape;
 pub mod check;
 pub mod create;
 
+mod blocks;
 mod entries;
 mod marks;
 mod open;

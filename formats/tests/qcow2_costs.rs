@@ -1,5 +1,5 @@
 //! What requests cost: allocations, syncs, metadata writes, look-ups in deep chains.
-#![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, clippy::print_stdout)]
 #![allow(clippy::cast_possible_truncation)]
 
 use std::alloc::{GlobalAlloc, Layout, System};

@@ -1,5 +1,5 @@
 //! Crashes at every step of random requests on random chains; and planted bugs that must be found.
-#![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, clippy::print_stdout)]
 
 mod support;
 

@@ -1,5 +1,5 @@
 //! Images that lie: named errors, no panic, no hang, no huge allocation, and no write after a contradiction was found.
-#![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, clippy::print_stdout)]
 #![allow(clippy::cast_possible_truncation)]
 
 mod support;
@@ -11,7 +11,7 @@ use formats::qcow2::create::{Create, create};
 use formats::qcow2::header::Header;
 use formats::qcow2::map::map;
 use formats::qcow2::{Options, Qcow2};
-use formats::{Disk, Extent, Failure, Format, Limits, Medium, Op, Pages, Unsupported};
+use formats::{Disk, Extent, Failure, Format, Limits, Op, Pages, Unsupported};
 use support::driver::Driver;
 use support::medium::SimMedium;
 use support::rng::{Rng, seeds};
@@ -42,7 +42,7 @@ fn open(mut medium: SimMedium) -> Result<Driver<SimMedium>, Unsupported> {
 }
 
 fn medium(bytes: Vec<u8>) -> SimMedium {
-    SimMedium::file().from_bytes(bytes)
+    SimMedium::file().with_bytes(bytes)
 }
 
 #[test]

@@ -1,5 +1,5 @@
 //! Creating, checking, repairing, resizing and mapping images, with qemu as the judge.
-#![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, clippy::print_stdout)]
 #![allow(clippy::cast_possible_truncation)]
 
 mod support;
@@ -141,6 +141,32 @@ fn a_dirty_image_is_refused_and_opens_after_the_repair() {
 }
 
 #[test]
+fn an_image_with_lazy_refcounts_whose_writer_died_is_repaired() {
+    if !has_qemu() {
+        return;
+    }
+    let dir = Scratch::new("lazy");
+    for cluster in ["512", "4k", "64k"] {
+        let options = format!("lazy_refcounts=on,cluster_size={cluster}");
+        run(&dir, "qemu-img", &["create", "-q", "-f", "qcow2", "-o", &options, "leaf.qcow2", "20M"]);
+        let writes = ["-c", "write -P 7 1M 2M", "-c", "write -P 8 9M 1M", "-c", "flush", "-c", "abort"];
+        let _ = tool(&dir, "qemu-io", &[&["-f", "qcow2"], &writes[..], &["leaf.qcow2"]].concat());
+        let mut medium = FileMedium::open(&dir.path("leaf.qcow2"), true);
+        assert!(Header::read(&mut medium).unwrap().incompatible & DIRTY != 0);
+        let report = check(&mut medium, Fix::All).unwrap();
+        assert!(report.corruptions > 0 && report.is_clean(), "{cluster}: {report:?}");
+        let (code, text) = tool(&dir, "qemu-img", &["check", "-f", "qcow2", "leaf.qcow2"]);
+        assert_eq!(code, 0, "{cluster}: {text}");
+        let text = run(
+            &dir,
+            "qemu-io",
+            &["-f", "qcow2", "-c", "read -P 7 1M 2M", "-c", "read -P 8 9M 1M", "leaf.qcow2"],
+        );
+        assert!(!text.contains("failed"), "{cluster}: {text}");
+    }
+}
+
+#[test]
 fn the_map_says_what_qemu_says() {
     if !has_qemu() {
         return;
@@ -185,6 +211,34 @@ fn the_map_says_what_qemu_says() {
         let usage = usage(&mut medium, &header).unwrap();
         assert_eq!(usage.data_bytes, theirs.iter().map(|run| run.1).sum::<u64>());
     }
+}
+
+/// XCP-ng's storage manager edits the header of an image that is in use: what it writes stays, fields of ours change singly.
+#[test]
+fn what_others_write_into_the_header_meanwhile_stays() {
+    use formats::{Disk, Extent, Limits, Op, Pages};
+    use support::driver::Driver;
+    let mut medium = SimMedium::file();
+    create(&mut medium, &Create::new(1 << 20)).unwrap();
+    let edit = |medium: &mut SimMedium, at: usize, bytes: &[u8]| {
+        let mut sector = [0; 512];
+        medium.read(0, &mut sector).unwrap();
+        sector[at..at + bytes.len()].copy_from_slice(bytes);
+        medium.write(0, &sector).unwrap();
+    };
+    // An autoclear bit that nobody knows, and an extension before the feature names.
+    edit(&mut medium, 88, &[0x40, 0, 0, 0, 0, 0, 0, 0]);
+    let options = formats::qcow2::Options { writable: true, ..Default::default() };
+    let (image, _) = formats::Qcow2::open(&mut medium, options).unwrap();
+    let disk = Disk::new(1, vec![(0, Box::new(image))], false, Limits::default());
+    let mut driver = Driver::new(disk, Pages::of_pages(32), [(0, medium)].into(), 1);
+    driver.run(Op::Write, Extent { sector: 3, sectors: 9 }, vec![4; 9 * 512]).0.unwrap();
+    edit(driver.media.get_mut(&0).unwrap(), 112, b"vate\0\0\0\x08\x01\0\0\0\0\0\0\0");
+    let header = Header::read(driver.media.get_mut(&0).unwrap()).unwrap();
+    assert_eq!((header.incompatible & DIRTY, header.autoclear), (DIRTY, 0), "marked as open");
+    driver.close().unwrap();
+    let header = Header::read(driver.media.get_mut(&0).unwrap()).unwrap();
+    assert_eq!((header.incompatible, header.extensions[0].kind), (0, 0x7661_7465), "{header:?}");
 }
 
 #[test]

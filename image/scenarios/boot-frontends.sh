@@ -19,8 +19,11 @@ scenario "4 vCPUs, PV: 4 queues, rings of 16 pages, 256 segments" test_queues q4
 destroy q4
 scenario "4 vCPUs, PVH: 4 queues, rings of 4 pages" test_queues h4 pvh 4 2 64
 destroy h4
-scenario "kexec in a PVH guest under I/O" test_kexec pvh
-scenario "kexec in a PV guest under I/O" test_kexec pv
-scenario "a 32-bit guest" test_32_bit
+scenario "2 vCPUs, PV, persistent grants" test_persistent p2 pv 2 1 32
+destroy p2
+if [ -n "$LONG" ]; then
+  scenario "kexec in a PVH guest under I/O" test_kexec pvh
+  scenario "kexec in a PV guest under I/O" test_kexec pv
+fi
 echo "@tally $PASSED $FAILED"
 [ $FAILED = 0 ]

@@ -95,6 +95,8 @@ pub(super) struct Copies {
     pub(super) incoming_long: Batch,
     pub(super) outgoing: Batch,
     pub(super) outgoing_long: Batch,
+    /// Segments copied in this round.
+    pub(super) copied: usize,
     /// Batches that failed as a whole.
     failed: u64,
     /// Whether a part of the batch that was copied last failed as a whole even by itself.
@@ -146,6 +148,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         if progress {
             let end = batch.segments.len().min(batch.at.saturating_add(most));
             self.copy(batch.segments.get_mut(batch.at..end).unwrap_or(&mut []));
+            self.scratch.copies.copied += end - batch.at;
             batch.at = end;
             while let Some((request, failed)) = batch.next_done() {
                 then(self, request.queue, request.place, failed);
@@ -169,7 +172,12 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
                 "a batch of {count} grant copies failed, as {failed} have: {error:?}; copying by parts"
             );
         }
-        for own in segments.chunk_by_mut(|one, next| one.domain == next.domain) {
+        // What is copied to or from a file itself may fail for the file's reason, and takes no other request with it.
+        let pool = self.storage.buffers();
+        let go_together = |one: &CopySegment, next: &CopySegment| {
+            one.domain == next.domain && pool.contains(one.local) == pool.contains(next.local)
+        };
+        for own in segments.chunk_by_mut(go_together) {
             for part in own.chunks_mut(rings::DIRECT_SEGMENTS) {
                 if self.hypervisor.copy(part).is_err() {
                     self.scratch.copies.call_failed = true;

@@ -6,7 +6,7 @@
 //! had nothing at the device goes first, with one turn's worth: a guest that sends one request after the other waits for
 //! nobody's backlog.
 //!
-//! How much keeps a device busy is what it does in [`DEVICE_DELAY`], measured; a guest alone is let through up to
+//! How much keeps a device busy is found by trying: see [`Gauge`]. A guest alone is let through up to
 //! [`DEVICE_COST_ALONE`], as the queue at the device is then its own.
 
 use std::collections::VecDeque;
@@ -14,15 +14,135 @@ use std::time::Duration;
 
 use super::memory::PIECE_BYTES;
 use crate::limits::{
-    DEVICE_CONTENDED_FOR, DEVICE_COST_ALONE, DEVICE_COST_CONTENDED, DEVICE_DELAY, TRANSFER_COST,
+    DEVICE_CONTENDED_FOR, DEVICE_COST_ALONE, DEVICE_COST_CONTENDED, DEVICE_COST_FIRST, TRANSFER_COST,
 };
 use crate::storage::{Io, Storage};
 
 /// What a flow may send in its turn: the longest transfer.
 const QUANTUM: u64 = PIECE_BYTES as u64 + TRANSFER_COST;
 
-/// How long a device is watched before its speed is judged; much longer than the clock is coarse.
+/// How long a device is watched before its speed is judged, much longer than the clock is coarse; and for how many
+/// transfers at least.
 const WINDOW: Duration = Duration::from_millis(30);
+const WINDOW_TRANSFERS: u32 = 8;
+
+/// Windows between two trials: some 4 s.
+const REST_WINDOWS: u8 = 128;
+
+/// The least that a device is given: one transfer of a page.
+const BUDGET_MIN: u64 = TRANSFER_COST + 4096;
+
+/// What a device does in a second: cost, and transfers. Either may mislead, as it may be the bytes or the number of transfers
+/// that takes it its time, and guests send transfers of different lengths.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Rate {
+    cost: u64,
+    transfers: u64,
+}
+
+/// What a [`Gauge`] is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Trial {
+    /// Nothing for so many windows.
+    Rest(u8),
+    /// Twice as much. The rate before was so much.
+    More(Rate),
+    /// Half as much.
+    Less(Rate),
+}
+
+/// Finds what keeps a device busy: more at once is worth it only as long as more is done, and less is better when as much is
+/// done with it. A disk that does one thing after the other ends with one transfer, storage far away with many.
+#[derive(Debug)]
+struct Gauge {
+    budget: u64,
+    trial: Trial,
+    next_is_less: bool,
+    began: Duration,
+    cost: u64,
+    transfers: u32,
+    /// Something waited for room in this window: what was done is what the device can do.
+    was_full: bool,
+}
+
+impl Rate {
+    /// By a quarter, in both.
+    fn is_well_above(self, before: Rate) -> bool {
+        self.cost / 5 >= before.cost / 4 && self.transfers * 4 >= before.transfers * 5
+    }
+
+    /// No less than nine tenths, in one.
+    fn is_about(self, before: Rate) -> bool {
+        self.cost / 9 >= before.cost / 10 || self.transfers * 10 >= before.transfers * 9
+    }
+}
+
+impl Gauge {
+    fn new() -> Gauge {
+        Gauge {
+            budget: DEVICE_COST_FIRST,
+            trial: Trial::Rest(2),
+            next_is_less: true,
+            began: Duration::ZERO,
+            cost: 0,
+            transfers: 0,
+            was_full: false,
+        }
+    }
+
+    /// A transfer has ended.
+    fn done(&mut self, cost: u64, now: Duration) {
+        self.cost += cost;
+        self.transfers += 1;
+        let elapsed = now.saturating_sub(self.began);
+        if elapsed < WINDOW || self.transfers < WINDOW_TRANSFERS {
+            return;
+        }
+        let elapsed_ms = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX).max(1);
+        let a_second = |count: u64| count.saturating_mul(1000) / elapsed_ms;
+        if std::mem::take(&mut self.was_full) {
+            self.judge(Rate { cost: a_second(self.cost), transfers: a_second(self.transfers.into()) });
+        }
+        (self.began, self.cost, self.transfers) = (now, 0, 0);
+    }
+
+    fn judge(&mut self, rate: Rate) {
+        let rest = Trial::Rest(REST_WINDOWS);
+        self.trial = match self.trial {
+            Trial::Rest(0) => {
+                self.next_is_less = !self.next_is_less;
+                if self.next_is_less { self.more(rate) } else { self.less(rate) }
+            }
+            Trial::Rest(windows) => Trial::Rest(windows - 1),
+            Trial::More(before) if rate.is_well_above(before) => self.more(rate),
+            Trial::More(_) => {
+                self.budget = (self.budget / 2).max(BUDGET_MIN);
+                rest
+            }
+            Trial::Less(before) if rate.is_about(before) => self.less(rate),
+            Trial::Less(_) => {
+                self.budget = (self.budget * 2).min(DEVICE_COST_CONTENDED);
+                rest
+            }
+        };
+    }
+
+    fn more(&mut self, rate: Rate) -> Trial {
+        if self.budget >= DEVICE_COST_CONTENDED {
+            return Trial::Rest(REST_WINDOWS);
+        }
+        self.budget = (self.budget * 2).min(DEVICE_COST_CONTENDED);
+        Trial::More(rate)
+    }
+
+    fn less(&mut self, rate: Rate) -> Trial {
+        if self.budget <= BUDGET_MIN {
+            return Trial::Rest(REST_WINDOWS);
+        }
+        self.budget = (self.budget / 2).max(BUDGET_MIN);
+        Trial::Less(rate)
+    }
+}
 
 /// Where a flow stands in its device's rounds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,10 +178,7 @@ struct Device {
     in_flight: u64,
     /// The two flows that were here last, and when; the latest first.
     recent: Recent,
-    /// What may be there while several flows are.
-    budget: u64,
-    window_began: Duration,
-    window_cost: u64,
+    gauge: Gauge,
 }
 
 impl Device {
@@ -73,33 +190,17 @@ impl Device {
             old: VecDeque::new(),
             in_flight: 0,
             recent: [(None, Duration::ZERO); 2],
-            // Until it has shown what it can do, one after the other.
-            budget: QUANTUM,
-            window_began: Duration::ZERO,
-            window_cost: 0,
+            gauge: Gauge::new(),
         }
     }
 
     /// What may be there at once.
     fn limit(&self, now: Duration) -> u64 {
-        if are_two(&self.recent, now) { self.budget } else { DEVICE_COST_ALONE }
+        if are_two(&self.recent, now) { self.gauge.budget } else { DEVICE_COST_ALONE }
     }
 
     fn has_room(&self, cost: u64, now: Duration) -> bool {
         self.in_flight == 0 || self.in_flight + cost <= self.limit(now)
-    }
-
-    /// Judges the device's speed by what it has done of late. By Little's law what it does in `DEVICE_DELAY` is what may be
-    /// there if nothing is to stay longer than that.
-    fn measure(&mut self, cost: u64, now: Duration) {
-        self.window_cost += cost;
-        let elapsed = now.saturating_sub(self.window_began);
-        if elapsed >= WINDOW {
-            let rate = u128::from(self.window_cost) * DEVICE_DELAY.as_nanos() / elapsed.as_nanos().max(1);
-            self.budget = u64::try_from(rate).unwrap_or(u64::MAX).min(DEVICE_COST_CONTENDED);
-            self.window_began = now;
-            self.window_cost = 0;
-        }
     }
 }
 
@@ -209,7 +310,7 @@ impl Fair {
         let cost = cost(length_bytes).min(flow.in_flight);
         flow.in_flight -= cost;
         device.in_flight = device.in_flight.saturating_sub(cost);
-        device.measure(cost, now);
+        device.gauge.done(cost, now);
     }
 
     /// Whether more than one guest had something to do of late.
@@ -241,6 +342,7 @@ impl Fair {
                     continue;
                 }
                 if !is_new && !device.has_room(cost, now) {
+                    device.gauge.was_full = true;
                     break;
                 }
                 let Some(io) = flow.waiting.pop_front() else { break };
@@ -275,4 +377,60 @@ fn are_two(recent: &Recent, now: Duration) -> bool {
 fn next_of(device: &Device) -> Option<(u32, bool)> {
     let new = device.new.front().map(|id| (*id, true));
     new.or_else(|| device.old.front().map(|id| (*id, false)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a gauge ends with on a device that does `rate(budget)`, always full.
+    fn settles(rate: impl Fn(u64) -> u64) -> u64 {
+        let mut gauge = Gauge::new();
+        for _ in 0..5000 {
+            let cost = rate(gauge.budget);
+            gauge.judge(Rate { cost, transfers: cost / 1000 });
+        }
+        gauge.budget
+    }
+
+    #[test]
+    fn what_does_one_thing_after_the_other_gets_one_transfer() {
+        assert!(settles(|_| 1_000_000) <= 2 * BUDGET_MIN);
+    }
+
+    #[test]
+    fn what_does_more_the_more_it_has_gets_much() {
+        assert_eq!(settles(|budget| budget * 100), DEVICE_COST_CONTENDED);
+    }
+
+    #[test]
+    fn what_is_busy_from_some_point_on_gets_about_that() {
+        let found = settles(|budget| budget.min(200_000) * 100);
+        assert!((90_000..450_000).contains(&found), "{found}");
+    }
+
+    #[test]
+    fn turns_are_of_bytes_and_nothing_is_forgotten() {
+        let mut fair = Fair::default();
+        let (one, other) = (fair.join(1, 9), fair.join(2, 9));
+        assert_eq!((fair.join(1, 9), fair.join(1, 8)), (one, 2), "a guest has one flow on each device");
+        let now = Duration::from_secs(5);
+        let io = |length: u32| Io {
+            token: length.into(),
+            file: crate::storage::FileId(0),
+            kind: crate::storage::IoKind::Read,
+            offset_bytes: 0,
+            span: crate::buffers::Span::EMPTY,
+        };
+        // Spans of no length count the least.
+        let mut direct = 0;
+        for n in 0..200 {
+            direct += u64::from(fair.queue(if n % 2 == 0 { one } else { other }, io(n), now).is_some());
+        }
+        assert_eq!(direct, DEVICE_COST_FIRST / TRANSFER_COST);
+        assert_eq!(fair.waiting as u64, 200 - direct);
+        fair.leave(one);
+        fair.leave(one);
+        fair.leave(other);
+    }
 }

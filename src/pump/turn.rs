@@ -6,7 +6,9 @@ use rings::{Operation, Slot, Status};
 
 use super::{Pump, PumpEvent, QueueId, Token};
 use crate::hypervisor::Hypervisor;
-use crate::limits::{BYTES_PER_TURN, REQUESTS_PER_TURN, REQUESTS_PER_TURN_MIN, ROUNDS_PER_TURN};
+use crate::limits::{
+    BYTES_PER_TURN, REQUESTS_PER_TURN, REQUESTS_PER_TURN_MIN, ROUNDS_PER_TURN, SLICE_SEGMENTS,
+};
 use crate::queue::{FrontendMisbehaved, Intake, Stage};
 use crate::storage::Storage;
 
@@ -60,7 +62,8 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             }
             progress |= self.rest();
             progress |= self.scratch.has_flushes();
-            if self.scratch.copies.wait() && self.fair.is_shared(now) {
+            let copied = std::mem::take(&mut self.scratch.copies.copied);
+            if self.fair.is_shared(now) && (self.scratch.copies.wait() || copied > SLICE_SEGMENTS) {
                 // Others may have come meanwhile.
                 return true;
             }

@@ -26,6 +26,8 @@ pub(super) enum Flight {
     UnitIn { for_whom: Actor, layer: usize, offset_bytes: u64, cut: (usize, usize) },
     /// A part of the unpacked unit is copied to a guest.
     CopyUnit { request: u32, from: usize, length: usize },
+    /// A long request lets others have their turn.
+    Turn(u32),
     /// A format's own transfer.
     Order { tag: u64, bytes: Vec<u8> },
 }

@@ -9,6 +9,9 @@ use crate::format::{Prepared, Step, Wait, Zeroed};
 use crate::pages::Pages;
 use crate::{Extent, Place};
 
+/// Parts of a request that are looked up before others have their turn: a discard of a whole disk has millions.
+const PARTS_PER_TURN: u32 = 64;
+
 /// A request that has no outcome yet.
 #[derive(Debug)]
 pub(super) struct Active {
@@ -95,7 +98,7 @@ impl Disk {
 
     /// Goes on with a request until it waits, or ends.
     pub(super) fn run_request(&mut self, pages: &mut Pages, at: u32) {
-        loop {
+        for _ in 0..PARTS_PER_TURN {
             let Some(active) = self.active(at) else { return };
             let rest = active.rest();
             if rest.sectors == 0 {
@@ -125,6 +128,12 @@ impl Disk {
                 }
             }
         }
+        let id = self.flights.add(Flight::Turn(at));
+        if let Some(active) = self.active(at) {
+            active.outstanding += 1;
+        }
+        let (image, kind, payload) = (self.leaf_image(), WorkKind::Yield, Payload::None);
+        self.out.push_back(Work { id, image, kind, offset_bytes: 0, length_bytes: 0, payload });
     }
 
     /// Makes work for the first part of what is left of a read.
@@ -211,7 +220,8 @@ impl Disk {
                         return Ok(sectors);
                     }
                     Zeroed::InPlace { offset_bytes, sectors } => {
-                        let (kind, length_bytes) = (WorkKind::Zero, bytes_of(sectors));
+                        let kind = if op == Op::Discard { WorkKind::Punch } else { WorkKind::Zero };
+                        let length_bytes = bytes_of(sectors);
                         let payload = Payload::None;
                         self.start_guest(
                             at,

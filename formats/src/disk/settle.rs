@@ -60,6 +60,12 @@ impl Disk {
                 self.unpacker.busy = false;
                 self.part_ended(request, result);
             }
+            Flight::Turn(at) => {
+                if let Some(active) = self.active(at) {
+                    active.outstanding = active.outstanding.saturating_sub(1);
+                }
+                self.ready.push_back(Actor::Request(at));
+            }
             Flight::Order { tag, .. } => {
                 self.poke = true;
                 let _ = self.ask(pages, 0, |leaf, cx| {
@@ -312,7 +318,8 @@ impl Disk {
         }
         let image = self.leaf_image();
         let length_bytes = self.layers.first().map_or(0, |leaf| u64::from(leaf.format.page_bytes()));
-        match self.shared.ledger.next(pages, self.limits.dirty_pages) {
+        let limit = if pages.crowded() { 0 } else { self.limits.dirty_pages };
+        match self.shared.ledger.next(pages, limit) {
             Next::Nothing => {}
             Next::Sync => {
                 let id = self.flights.add(Flight::Sync);
@@ -333,6 +340,10 @@ impl Disk {
     fn close_some(&mut self, pages: &mut Pages) {
         if self.in_flight() > 0 {
             return;
+        }
+        if self.closing.is_some() && self.shared.ledger.failed() {
+            self.closing = None;
+            self.closed = Some(Err(Failure::SyncFailed));
         }
         if let Some(Closing::Format) = self.closing {
             self.shared.users.0 = self.shared.users.1;

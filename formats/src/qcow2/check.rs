@@ -117,6 +117,9 @@ impl Visitor for Marks {
 /// What is wrong with the header, or what the medium says.
 pub fn check(medium: &mut dyn Medium, fix: Fix) -> Result<Report, Unsupported> {
     let header = Header::read(medium)?;
+    if fix == Fix::All {
+        crate::qcow2::blocks::add_missing(medium, &header)?;
+    }
     let end = medium.length_bytes().div_ceil(header.shape.cluster_bytes());
     let mut report = Report { clusters: end, ..Report::default() };
     let mut from = 0;

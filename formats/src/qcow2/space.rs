@@ -168,7 +168,7 @@ impl Qcow2 {
         let durable = |run: &&Reserved| cx.ledger.is_durable(run.counted);
         let ready: u64 = self.space.pool.iter().filter(durable).map(|run| run.count).sum();
         // More than enough is left: what was counted becomes durable with somebody's flush.
-        if ready < low / 4 {
+        if ready < (low / 4).max(1) {
             let newest = self.space.pool.iter().map(|run| run.counted).max();
             if newest.is_some_and(|stamp| !cx.durable(stamp)) {
                 return Err(Wait::Busy);

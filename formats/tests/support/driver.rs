@@ -171,6 +171,7 @@ impl<M: SlowSync> Driver<M> {
                 medium.punched(work.offset_bytes, work.length_bytes);
                 Ok(())
             }
+            WorkKind::Yield => Ok(()),
             WorkKind::SetLength => medium.set_length(work.offset_bytes),
             WorkKind::Sync => medium.ends(covered),
             WorkKind::ZeroGuest | WorkKind::CopyToGuest => {

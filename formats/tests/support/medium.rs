@@ -97,7 +97,7 @@ impl SimMedium {
         SimMedium { now: bytes, durable, grows: false, new_space_is_zero: false, ..SimMedium::file() }
     }
 
-    pub fn from_bytes(&self, bytes: Vec<u8>) -> SimMedium {
+    pub fn with_bytes(&self, bytes: Vec<u8>) -> SimMedium {
         SimMedium { durable: bytes.clone(), now: bytes, pending: Vec::new(), ..*self }
     }
 

@@ -70,7 +70,7 @@ impl World {
     /// Repairs and opens what is left, goes on with it for a while, and closes it.
     fn reopen(&self, bytes: Vec<u8>) {
         let leaks = Witness::new(&bytes).leaks();
-        let mut medium: SimMedium = self.leaf().from_bytes(bytes);
+        let mut medium: SimMedium = self.leaf().with_bytes(bytes);
         let report = check(&mut medium, Fix::Leaks).unwrap();
         assert_eq!(
             (report.corruptions, report.leaks, report.leaks_repaired),

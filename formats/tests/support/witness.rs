@@ -84,7 +84,7 @@ impl<'a> Witness<'a> {
         } else {
             (host != 0 && entry & 1 == 0, entry & 1 == 1)
         };
-        assert!(!(data && zero) && (!data || host != 0), "entry {entry:x} {bitmap:x}");
+        assert!(!data || !zero && host != 0, "entry {entry:x} {bitmap:x}");
         if zero {
             return Found::Value(0);
         }

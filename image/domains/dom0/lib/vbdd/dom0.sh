@@ -53,7 +53,7 @@ wait_for() {
 
 # ------------------------------------------------------------------------------------------------------ domains
 
-# create NAME KIND RAMDISK MEMORY [OPTION LINE]...: creates a domain, paused. KIND: pv, pvh, grub, pvhgrub. VCPUS: how many. KERNEL: another one.
+# create NAME KIND RAMDISK MEMORY [OPTION LINE]...: creates a domain, paused. KIND: pv, pvh, grub, pvhgrub. VCPUS: how many.
 create() {
   local name=$1 kind=$2 ramdisk=$3 memory=$4 config=/run/$1.cfg line
   shift 4
@@ -66,7 +66,7 @@ create() {
     case $kind in
       grub) echo "type='pv'"; echo "kernel='/usr/lib/grub-xen/grub-x86_64-xen.bin'" ;;
       pvhgrub) echo "type='pvh'"; echo "kernel='/usr/lib/grub-xen/grub-i386-xen_pvh.bin'" ;;
-      *) echo "type='$kind'"; echo "kernel='${KERNEL:-/domains/vmlinux}'"; echo "ramdisk='$ramdisk'" ;;
+      *) echo "type='$kind'"; echo "kernel='/domains/vmlinux'"; echo "ramdisk='$ramdisk'" ;;
     esac
     # An intercepted RDTSCP kills PVH guests under QEMU; native TSC avoids the interception.
     case $kind in pvh*) echo "tsc_mode='native'" ;; esac
