@@ -11,6 +11,7 @@ mod offers;
 mod queues;
 mod quotas;
 mod scan;
+mod sharing;
 mod status;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -54,6 +55,8 @@ enum Purpose {
     ReadWorld(Address),
     /// What follows from the first read: nodes of further queues and pages.
     ReadFurther(Address),
+    /// Whether the first's guest and the second's are one virtual machine.
+    Kinship(Address, Address),
     Publish(Address),
     ListGuests(Kind),
     ListDevices(Kind, DomainId),
@@ -86,6 +89,8 @@ struct Device {
     token: u64,
     image: Option<OpenImage>,
     opening: Option<OpenRequest>,
+    /// Another domain of the same virtual machine, with which it may share its image.
+    kin: Option<DomainId>,
     closing_image: bool,
     /// The queues of its ring, each with whether it is drained.
     queues: Vec<(QueueId, bool)>,
@@ -173,6 +178,18 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
     /// Begins the end: every ring is drained and left to a successor. See [`Backend::stopped`].
     pub fn stop(&mut self) {
         self.stopping = true;
+        // There may be no xenstore to tell.
+        let asked: Vec<(Address, Address)> = self
+            .jobs
+            .values()
+            .filter_map(|purpose| match purpose {
+                Purpose::Kinship(address, other) => Some((*address, *other)),
+                _ => None,
+            })
+            .collect();
+        for (address, other) in asked {
+            self.kinship_known(address, other, false);
+        }
         for address in self.devices.keys() {
             self.pending.push_back((*address, Pending::Step(vbd::Event::Stop)));
         }
@@ -266,6 +283,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
         match purpose {
             Purpose::ReadWorld(address) => self.world_read(session, address, outcome),
             Purpose::ReadFurther(address) => self.further_read(address, outcome),
+            Purpose::Kinship(address, other) => self.kinship_read(address, other, outcome),
             Purpose::Publish(address) => {
                 let event = actions::publication_outcome(outcome);
                 self.pending.push_back((address, Pending::Step(event)));
@@ -339,22 +357,6 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
         image.map_or_else(String::new, |image| image.request.image.path.clone())
     }
 
-    /// Who else has the same file open in a way that does not go together with `request`, which asks for it alone if it
-    /// writes: another user's `!` vouches for that user only.
-    fn sharer(&self, address: Address, identity: Identity, request: &OpenRequest) -> Option<Address> {
-        if request.forced {
-            return None;
-        }
-        let clash = |other: &Device| {
-            other.image.as_ref().is_some_and(|image| {
-                let vouched_for = request.read_only && (image.request.read_only || image.request.forced);
-                image.opened.identity == identity && !vouched_for
-            })
-        };
-        let mut others = self.devices.iter().filter(|(other, _)| **other != address);
-        others.find(|(_, device)| clash(device)).map(|(other, _)| *other)
-    }
-
     fn image_opened(&mut self, token: u64, result: Result<Opened, OpenError>) {
         let address = self.by_token.get(&token).copied();
         let request = address
@@ -382,11 +384,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
     ) -> Result<vbd::Geometry, String> {
         let path = &request.image.path;
         let raw = if let Some(other) = self.sharer(address, opened.identity, &request) {
-            Err(format!(
-                "{path} is in use by guest {} as device {}, and not both read-only; detach it there, or use mode w! if \
-                 the guests know how to share it",
-                other.frontend, other.devid
-            ))
+            Err(sharing::refusal(path, other))
         } else if !opened.locked {
             Err(format!(
                 "{path} is locked: another program writes it, or the last writes of an earlier vbdd are not over; wait, or \

@@ -336,6 +336,38 @@ fn two_writers_of_one_image_are_refused() {
     }
 }
 
+/// A guest and its stub domain, or both ends of a migration within the host, are one virtual machine.
+#[test]
+fn domains_of_one_virtual_machine_share_an_image() {
+    let table: [(&[(&str, &str)], bool); 5] = [
+        (&[("/local/domain/7/vm", "/vm/a"), ("/local/domain/8/vm", "/vm/a")], true),
+        (&[("/local/domain/7/vm", "/vm/a"), ("/local/domain/8/vm", "/vm/b")], false),
+        (&[("/local/domain/7/vm", ""), ("/local/domain/8/vm", "")], false),
+        (&[("/local/domain/8/target", "7")], true),
+        (&[("/local/domain/8/target", "9")], false),
+    ];
+    for (nodes, served) in table {
+        for mode in ["w", "r"] {
+            let mut host = with_neighbour(3, 0);
+            let (_, path) = host.add_image(100);
+            host.attach(7, &path, &[]);
+            host.wait_be(7, "2");
+            host.store.introduce_domain(8);
+            host.store.write_all(0, nodes).unwrap();
+            host.attach(8, &path, &[("mode", Some(mode))]);
+            host.wait_be(8, if served { "2" } else { "6" });
+            assert_eq!(
+                host.be_node(8, "error").is_some_and(|text| text.contains("in use by guest 7")),
+                !served
+            );
+            // A third, of another machine, is refused beside both.
+            host.attach(9, &path, &[]);
+            host.wait_be(9, "6");
+            neighbour_is_well(&mut host);
+        }
+    }
+}
+
 #[test]
 fn disks_that_exist_at_start_are_found() {
     // 1000 nodes are a driver domain's quota, and a disk that can be punched takes 26 or 27 of them.

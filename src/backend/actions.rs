@@ -5,7 +5,7 @@ use xenstore::{Edit, ErrorCode, Failure, Guard, Job, Outcome, Path};
 use super::{Backend, Ending, Pending, Purpose};
 use crate::hypervisor::{DomainId, Hypervisor};
 use crate::pump::DiskId;
-use crate::storage::{Access, Storage, StorageError};
+use crate::storage::{Storage, StorageError};
 use crate::vbd::{self, Action, Address, Key, Node, Notice, Side};
 use crate::xenbus::Session;
 
@@ -57,17 +57,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
         match action {
             Action::ReadWorld => self.read_world(session, address),
             Action::Open(request) if request.is_empty() => self.open_empty(address, request),
-            Action::Open(request) => {
-                let Some(device) = self.devices.get_mut(&address) else { return };
-                let access = match (request.read_only, request.forced) {
-                    (true, _) => Access::ReadOnly,
-                    (false, false) => Access::ReadWrite,
-                    (false, true) => Access::ReadWriteShared,
-                };
-                let (token, path) = (device.token, request.image.path.clone());
-                device.opening = Some(request);
-                self.pump.storage.open(token, &path, access);
-            }
+            Action::Open(request) => self.open_image(session, address, request),
             Action::CloseImage => self.close_image(address),
             Action::Connect(plan) => self.connect(address, plan),
             Action::Disconnect(how) => self.disconnect(address, how),

@@ -72,7 +72,9 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
             Purpose::ListDevices(kind, guest) => {
                 self.directory(kind).and_then(|directory| directory.child(&guest.to_string()).ok())
             }
-            Purpose::ReadWorld(_) | Purpose::ReadFurther(_) | Purpose::Publish(_) => None,
+            Purpose::ReadWorld(_) | Purpose::ReadFurther(_) | Purpose::Kinship(..) | Purpose::Publish(_) => {
+                None
+            }
         };
         let Some(directory) = directory else { return };
         match session.submit(Job::List(directory.clone())) {
@@ -140,6 +142,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
             token,
             image: None,
             opening: None,
+            kin: None,
             closing_image: false,
             queues: Vec::new(),
             plan: None,

@@ -1,0 +1,117 @@
+//! Who may have an image open together: readers; whoever the administrator vouches for (`mode` with `!`); and two domains of
+//! one virtual machine, a guest and its stub domain, or both ends of a migration within the host.
+
+use xenstore::{Job, Outcome, Path};
+
+use super::{Backend, Device, Pending, Purpose};
+use crate::hypervisor::{DomainId, Hypervisor};
+use crate::storage::{Access, Identity, Storage};
+use crate::vbd::{self, Address, OpenRequest};
+use crate::xenbus::Session;
+
+/// Why a disk is not opened.
+pub(super) fn refusal(path: &str, other: Address) -> String {
+    format!(
+        "{path} is in use by guest {} as device {}, and not both read-only; detach it there, or use mode w! if the guests \
+         know how to share it",
+        other.frontend, other.devid
+    )
+}
+
+/// Whether `request` does not go together with what `other` has open. It asks for itself alone if it writes: another user's
+/// `!` vouches for that user only.
+fn clashes(request: &OpenRequest, other: &OpenRequest) -> bool {
+    !(request.forced || request.read_only && (other.read_only || other.forced))
+}
+
+impl<H: Hypervisor, S: Storage> Backend<H, S> {
+    /// Who else has the same file open in a way that does not go together with `request`.
+    pub(super) fn sharer(
+        &self,
+        address: Address,
+        identity: Identity,
+        request: &OpenRequest,
+    ) -> Option<Address> {
+        let kin = self.devices.get(&address).and_then(|device| device.kin);
+        let clash = |device: &Device| {
+            device
+                .image
+                .as_ref()
+                .is_some_and(|image| image.opened.identity == identity && clashes(request, &image.request))
+        };
+        let mut others = self.devices.iter().filter(|(other, _)| **other != address);
+        others.find(|(other, device)| kin != Some(other.frontend) && clash(device)).map(|(other, _)| *other)
+    }
+
+    pub(super) fn open_image(&mut self, session: &mut Session, address: Address, request: OpenRequest) {
+        let path = &request.image.path;
+        let same = |device: &Device| {
+            device
+                .image
+                .as_ref()
+                .is_some_and(|image| image.request.image.path == *path && clashes(&request, &image.request))
+        };
+        let mut others = self.devices.iter().filter(|(other, _)| other.frontend != address.frontend);
+        let other = others.find(|(_, device)| same(device)).map(|(other, _)| *other);
+        let Some(device) = self.devices.get_mut(&address) else { return };
+        device.kin = None;
+        let Some(other) = other else {
+            let access = match (request.read_only, request.forced) {
+                (true, _) => Access::ReadOnly,
+                (false, false) => Access::ReadWrite,
+                (false, true) => Access::ReadWriteShared,
+            };
+            return self.start_open(address, request, access);
+        };
+        device.opening = Some(request);
+        let node = |domain: DomainId, name: &str| Path::parse(&format!("/local/domain/{domain}/{name}")).ok();
+        let paths = [address.frontend, other.frontend]
+            .into_iter()
+            .flat_map(|domain| [node(domain, "vm"), node(domain, "target")])
+            .flatten()
+            .collect();
+        match session.submit(Job::Read(paths)) {
+            Ok(id) => {
+                self.jobs.insert(id, Purpose::Kinship(address, other));
+            }
+            Err(_) => self.kinship_known(address, other, false),
+        }
+    }
+
+    /// `vm` names a virtual machine (a path with its uuid), `target` is the domain that a stub domain works for. A driver
+    /// domain may read neither, as a rule.
+    pub(super) fn kinship_read(&mut self, address: Address, other: Address, outcome: Outcome) {
+        let Outcome::Read(values) = outcome else {
+            return self.kinship_known(address, other, false);
+        };
+        let mut texts = values
+            .into_iter()
+            .map(|value| value.ok().and_then(|bytes| String::from_utf8(bytes).ok()).unwrap_or_default());
+        let mut next = || texts.next().unwrap_or_default();
+        let (own_vm, own_target, other_vm, other_target) = (next(), next(), next(), next());
+        let one_vm = !own_vm.is_empty() && own_vm == other_vm;
+        let stub = own_target == other.frontend.to_string() || other_target == address.frontend.to_string();
+        self.kinship_known(address, other, one_vm || stub);
+    }
+
+    pub(super) fn kinship_known(&mut self, address: Address, other: Address, kin: bool) {
+        let Some(device) = self.devices.get_mut(&address) else { return };
+        let Some(request) = device.opening.take() else { return };
+        if !kin {
+            let text = refusal(&request.image.path, other);
+            self.pending.push_back((address, Pending::Step(vbd::Event::Opened(Err(text)))));
+            return;
+        }
+        device.kin = Some(other.frontend);
+        // The other one has the claim and the lock.
+        let access = if request.read_only { Access::ReadOnly } else { Access::ReadWriteShared };
+        self.start_open(address, request, access);
+    }
+
+    fn start_open(&mut self, address: Address, request: OpenRequest, access: Access) {
+        let Some(device) = self.devices.get_mut(&address) else { return };
+        let (token, path) = (device.token, request.image.path.clone());
+        device.opening = Some(request);
+        self.pump.storage.open(token, &path, access);
+    }
+}
