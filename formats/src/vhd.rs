@@ -4,6 +4,7 @@ mod batmap;
 pub mod change;
 pub mod check;
 pub mod create;
+mod footer;
 mod headers;
 mod layout;
 pub mod map;
@@ -18,8 +19,9 @@ use crate::format::{Context, Format, Payout, Prepared, Step, Wait, Zeroed};
 use crate::ledger::Tick;
 use crate::{Extent, Geometry, Place, Run, SECTOR_BYTES};
 
+pub use footer::{Flaw, Footer, Kind};
 pub use headers::{Batmap, Footers, Headers, ParentPath, Region, read_headers};
-pub use layout::{BLOCK_BYTES, BatmapHeader, DISK_BYTES_MAX, Flaw, Footer, Header, Kind, Locator};
+pub use layout::{BLOCK_BYTES, BatmapHeader, DISK_BYTES_MAX, Header, Locator};
 pub use space::Planted;
 
 use batmap::Full;

@@ -286,3 +286,79 @@ fn a_chain_of_64_over_raw_reads_like_its_parts() {
     driver.close().unwrap();
     same(&read_all(&mut open(&dir, &names, false)), &shadow, "64 images, again");
 }
+
+#[test]
+fn a_qcow2_image_over_a_vhd_reads_as_qemu_reads_it() {
+    if !has_qemu() {
+        return;
+    }
+    for seed in seeds(6) {
+        println!("VBDD_SEED={seed}");
+        let mut rng = Rng::new(seed + 1300);
+        let dir = Scratch::new("vhd-below");
+        let (kind, disk_bytes) = (*rng.pick(&[Kind::Dynamic, Kind::Fixed]), (2 + rng.below(6)) * MIB);
+        let mut medium = FileMedium::create(&dir.path("base.vhd"));
+        let what = Create { kind, disk_bytes, room_bytes: 0, uuid: [1; 16], seconds: 1, parent: None };
+        let below = create(&mut medium, &what).unwrap();
+        let mut shadow = vec![0; below as usize];
+        let mut base = open(&dir, &["base.vhd"], true);
+        shadow_run(&mut base, &mut shadow, &mut rng, 20, 1);
+        base.close().unwrap();
+        // The leaf is longer than its parent: what lies behind the parent's end is zero.
+        shadow.resize(below as usize + 3 * MIB as usize, 0);
+        let size = shadow.len().to_string();
+        run(
+            &dir,
+            "qemu-img",
+            &["create", "-q", "-f", "qcow2", "-b", "base.vhd", "-F", "vpc", "a.qcow2", &size],
+        );
+        let mut leaf = FileMedium::open(&dir.path("a.qcow2"), true);
+        let options = formats::qcow2::Options { writable: true, ..formats::qcow2::Options::default() };
+        let (image, _) = formats::Qcow2::open(&mut leaf, options).unwrap();
+        let mut base = FileMedium::open(&dir.path("base.vhd"), false);
+        let parent = Vhd::open(&mut base).unwrap();
+        assert!(parent.may_be_below_qcow2());
+        let images: Vec<(u32, Box<dyn Format>)> = vec![(0, Box::new(image)), (1, Box::new(parent))];
+        let disk = Disk::new(1, images, false, Limits::default());
+        let mut driver = Driver::new(disk, Pages::of_pages(96), HashMap::from([(0, leaf), (1, base)]), 1);
+        same(&read_all(&mut driver), &shadow, "before");
+        shadow_run(&mut driver, &mut shadow, &mut rng, 40, 1);
+        driver.close().unwrap();
+        run(&dir, "qemu-img", &["convert", "-f", "qcow2", "-O", "raw", "a.qcow2", "theirs.raw"]);
+        same(&std::fs::read(dir.path("theirs.raw")).unwrap(), &shadow, "after");
+        run(&dir, "qemu-img", &["check", "-q", "a.qcow2"]);
+    }
+}
+
+#[test]
+fn a_child_that_is_longer_than_its_parent_reads_zero_behind_it() {
+    let dir = Scratch::new("vhd-longer");
+    let mut rng = Rng::new(77);
+    let kind = Kind::Dynamic;
+    let what = Create { kind, disk_bytes: 4 * MIB, room_bytes: 0, uuid: [1; 16], seconds: 1, parent: None };
+    create(&mut FileMedium::create(&dir.path("p.vhd")), &what).unwrap();
+    let mut shadow = vec![0; 4 * MIB as usize];
+    let mut driver = open(&dir, &["p.vhd"], true);
+    shadow_run(&mut driver, &mut shadow, &mut rng, 20, 1);
+    driver.close().unwrap();
+    let below = read_headers(&mut FileMedium::open(&dir.path("p.vhd"), false)).unwrap();
+    let snapshot = Create::snapshot(&below, "p.vhd".into(), [2; 16], 1);
+    let mut child = FileMedium::create(&dir.path("c.vhd"));
+    create(&mut child, &snapshot).unwrap();
+    let mut driver = open(&dir, &["c.vhd", "p.vhd"], true);
+    shadow_run(&mut driver, &mut shadow, &mut rng, 20, 1);
+    driver.close().unwrap();
+    // Beyond the room of its BAT, with blocks in the way.
+    let size = formats::vhd::change::grow(&mut child, true, 900 * MIB).unwrap();
+    assert_eq!(size, 900 * MIB);
+    is_clean(&dir, "c.vhd");
+    let mut driver = open(&dir, &["c.vhd", "p.vhd"], true);
+    shadow.resize(12 * MIB as usize, 0);
+    let extent = Extent { sector: 0, sectors: 12 * 2048 };
+    let (result, memory) = driver.run(Op::Read, extent, vec![7; shadow.len()]);
+    result.unwrap();
+    same(&memory, &shadow, "grown");
+    shadow_run(&mut driver, &mut shadow, &mut rng, 20, 1);
+    driver.close().unwrap();
+    is_clean(&dir, "c.vhd");
+}

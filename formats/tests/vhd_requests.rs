@@ -11,7 +11,7 @@ use formats::vhd::change::set_hidden;
 use formats::vhd::check::{check, info};
 use formats::vhd::create::{Create, Parent, create};
 use formats::vhd::{Kind, Vhd};
-use formats::{Disk, Extent, Failure, Format, Limits, Op, Outcome, Pages, Raw, Request};
+use formats::{Disk, Extent, Failure, Format, Limits, Medium, Op, Outcome, Pages, Raw, Request};
 use support::driver::{Driver, NoFaults};
 use support::rng::Rng;
 use vhd_support::model::Model;
@@ -217,4 +217,45 @@ fn the_largest_image_is_opened_with_little() {
     let mut medium = driver.media.remove(&0).unwrap();
     assert_eq!(info(&mut medium).unwrap().allocated_blocks, 1);
     assert_eq!(check(&mut medium, true, false).unwrap().flaws, 0);
+}
+
+/// Counts what is read.
+struct Counting(Sparse, u64);
+
+impl Medium for Counting {
+    fn length_bytes(&mut self) -> u64 {
+        self.0.length_bytes()
+    }
+    fn read(&mut self, offset_bytes: u64, bytes: &mut [u8]) -> Result<(), Failure> {
+        self.1 += bytes.len() as u64;
+        self.0.read(offset_bytes, bytes)
+    }
+    fn write(&mut self, _: u64, _: &[u8]) -> Result<(), Failure> {
+        Err(Failure::ReadOnly)
+    }
+    fn zero(&mut self, _: u64, _: u64) -> Result<(), Failure> {
+        Err(Failure::ReadOnly)
+    }
+    fn set_length(&mut self, _: u64) -> Result<(), Failure> {
+        Err(Failure::ReadOnly)
+    }
+    fn sync(&mut self) -> Result<(), Failure> {
+        Err(Failure::ReadOnly)
+    }
+}
+
+#[test]
+fn a_parent_of_2_tib_costs_140_kib_to_open_and_a_leaf_its_bat() {
+    let mut medium = Sparse::file();
+    let disk_bytes = 2040 * GIB;
+    let what =
+        Create { kind: Kind::Dynamic, disk_bytes, room_bytes: 0, uuid: [1; 16], seconds: 1, parent: None };
+    create(&mut medium, &what).unwrap();
+    let facts = medium.facts();
+    let mut counting = Counting(medium, 0);
+    Vhd::open(&mut counting).unwrap();
+    assert!(counting.1 < 140 << 10, "{}", counting.1);
+    counting.1 = 0;
+    Vhd::open_to_write(&mut counting, facts).unwrap();
+    assert!(counting.1 < (4 << 20) + (140 << 10), "{}", counting.1);
 }

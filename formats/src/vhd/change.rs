@@ -5,10 +5,9 @@ use alloc::vec::Vec;
 
 use super::check::write_footers;
 use super::create::{Parent, Plan};
+use super::footer::{Footer, Kind};
 use super::headers::{Headers, read_headers};
-use super::layout::{
-    BLOCK_BYTES, DISK_BYTES_MAX, FOOTER_BYTES, Footer, HEADER_BYTES, Header, Kind, NO_BLOCK, next_start,
-};
+use super::layout::{BLOCK_BYTES, DISK_BYTES_MAX, FOOTER_BYTES, HEADER_BYTES, Header, NO_BLOCK, next_start};
 use super::open::for_each_entry;
 use crate::SECTOR_BYTES;
 use crate::bytes::{index, narrow, wide};

@@ -4,8 +4,9 @@ use alloc::string::String;
 use alloc::vec::Vec;
 
 use super::Vhd;
+use super::footer::{Flaw, Footer, Kind};
 use super::headers::{Batmap, Headers, read_headers};
-use super::layout::{BLOCK_BYTES, FOOTER_BYTES, Flaw, Footer, Header, Kind, NO_BLOCK, batmap_used_bytes};
+use super::layout::{BLOCK_BYTES, FOOTER_BYTES, Header, NO_BLOCK, batmap_used_bytes};
 use super::open::{Layout, for_each_entry};
 use crate::SECTOR_BYTES;
 use crate::bytes::{index, put};

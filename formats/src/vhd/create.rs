@@ -3,10 +3,11 @@
 use alloc::string::String;
 use alloc::vec::Vec;
 
+use super::footer::{Footer, Kind};
 use super::headers::Headers;
 use super::layout::{
-    BLOCK_BYTES, BatmapHeader, DISK_BYTES_MAX, FOOTER_BYTES, Footer, HEADER_BYTES, Header, Kind,
-    LOCATOR_BYTES_MAX, Locator, batmap_used_bytes,
+    BLOCK_BYTES, BatmapHeader, DISK_BYTES_MAX, FOOTER_BYTES, HEADER_BYTES, Header, LOCATOR_BYTES_MAX,
+    Locator, batmap_used_bytes,
 };
 use crate::bytes::{index, narrow, wide};
 use crate::error::{Failure, Unsupported};

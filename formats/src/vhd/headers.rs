@@ -3,9 +3,10 @@
 use alloc::string::String;
 use alloc::vec::Vec;
 
+use super::footer::{Flaw, Footer, Kind};
 use super::layout::{
-    BLOCK_BYTES, BatmapHeader, DISK_BYTES_MAX, FOOTER_BYTES, Flaw, Footer, HEADER_BYTES, Header, Kind,
-    LOCATOR_BYTES_MAX, Locator, batmap_used_bytes,
+    BLOCK_BYTES, BatmapHeader, DISK_BYTES_MAX, FOOTER_BYTES, HEADER_BYTES, Header, LOCATOR_BYTES_MAX,
+    Locator, batmap_used_bytes,
 };
 use crate::bytes::index;
 use crate::error::{Corruption, Unsupported};

@@ -1,7 +1,8 @@
 //! What an image holds, from end to end: for `map`, without a cache and with little memory.
 
+use super::footer::Kind;
 use super::headers::Headers;
-use super::layout::{Header, Kind, NO_BLOCK};
+use super::layout::{Header, NO_BLOCK};
 use super::open::for_each_entry;
 use super::{Vhd, run_of_bits};
 use crate::bytes::index;

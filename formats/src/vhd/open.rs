@@ -4,8 +4,9 @@ use alloc::vec::Vec;
 
 use super::Vhd;
 use super::batmap::{Full, Saver, Stage};
+use super::footer::Kind;
 use super::headers::{Headers, read_headers};
-use super::layout::{BLOCK_BYTES, Header, Kind, NO_BLOCK, next_start};
+use super::layout::{BLOCK_BYTES, Header, NO_BLOCK, next_start};
 use super::space::{FREE_MAX, Space};
 use crate::SECTOR_BYTES;
 use crate::bytes::{be32, index, wide};

@@ -111,7 +111,7 @@ pub(super) mod tag {
 }
 
 /// See the module.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Space {
     /// A fixed image: nothing is ever allocated.
     pub(super) fixed: bool,
@@ -160,7 +160,6 @@ impl Space {
         saver: Option<Saver>,
     ) -> Space {
         Space {
-            fixed: false,
             exact,
             grows: facts.grows,
             zero_space: facts.grows && facts.new_space_is_zero,
@@ -170,52 +169,16 @@ impl Space {
             first_end: layout.end_sector,
             footer_stale: headers.footers.stale() || headers.footers.short || !headers.footers.copy,
             stride: headers.bitmap_sectors() + headers.block_bytes() / SECTOR_BYTES,
-            ready: VecDeque::new(),
-            chunk: None,
             next_blocks: CHUNK_FIRST,
-            demand: false,
-            not_ahead: false,
             free: layout.gaps.iter().rev().copied().collect(),
-            freed: VecDeque::new(),
-            punching: 0,
-            pending: Vec::new(),
             saver,
             save_after: SAVE_AFTER,
-            map_outstanding: 0,
-            map_failed: None,
-            closing: None,
-            planted: Planted::default(),
+            ..Space::default()
         }
     }
 
     pub(super) fn of_fixed() -> Space {
-        Space {
-            fixed: true,
-            exact: true,
-            grows: false,
-            zero_space: false,
-            zero_from: 0,
-            length_bytes: 0,
-            end_sector: 0,
-            first_end: 0,
-            footer_stale: false,
-            stride: 1,
-            ready: VecDeque::new(),
-            chunk: None,
-            next_blocks: CHUNK_FIRST,
-            demand: false,
-            not_ahead: false,
-            free: Vec::new(),
-            freed: VecDeque::new(),
-            punching: 0,
-            pending: Vec::new(),
-            saver: None,
-            save_after: SAVE_AFTER,
-            map_outstanding: 0,
-            map_failed: None,
-            closing: None,
-            planted: Planted::default(),
-        }
+        Space { fixed: true, ..Space::default() }
     }
 
     /// Whether blocks are to be made ready: somebody waits, or half of the last chunk is used.
@@ -314,9 +277,7 @@ impl Space {
         }
         if end == next_start(self.first_end) { self.first_end } else { end }
     }
-}
 
-impl Space {
     /// Whether not even one block fits at the end.
     pub(super) fn no_room(&self) -> bool {
         let limit = if self.grows { BLOCKS_END } else { self.length_bytes.saturating_sub(FOOTER_BYTES) };

@@ -1,6 +1,7 @@
 //! Writes, discards and closing.
 
-use super::layout::{FOOTER_BYTES, Footer, Kind, NO_BLOCK};
+use super::footer::{Footer, Kind};
+use super::layout::{FOOTER_BYTES, NO_BLOCK};
 use super::reserve::{make_ready, no_block};
 use super::space::{Closing, Freed, Pending, Space, tag};
 use super::{Spot, Vhd};
