@@ -219,3 +219,42 @@ impl Drop for Server {
         let _ = std::fs::remove_file(&self.path);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn an_answer_longer_than_a_sockets_buffer_arrives_whole() {
+        let directory = std::env::temp_dir().join(format!("vbdd-control-{}", std::process::id()));
+        std::fs::create_dir_all(&directory).unwrap();
+        let mut reactor = Reactor::new().unwrap();
+        let mut server = Server::open(&directory, 16, &mut reactor).unwrap();
+        let mut client = UnixStream::connect(directory.join(SOCKET_NAME)).unwrap();
+        client.write_all(b"status json\n").unwrap();
+        client.shutdown(std::net::Shutdown::Write).unwrap();
+        let reader = std::thread::spawn(move || {
+            let mut answer = String::new();
+            client.read_to_string(&mut answer).map(|_| answer.len())
+        });
+        let long = "x".repeat(3 << 20);
+        let mut ready = Vec::new();
+        let mut turns = 0;
+        while !reader.is_finished() {
+            reactor.wait(Some(Duration::from_millis(20)), &mut ready);
+            for one in ready.drain(..) {
+                server.ready(one, Duration::ZERO, &mut reactor);
+            }
+            while let Some(request) = server.turn(Duration::ZERO, &mut reactor) {
+                server.answer(&request, long.clone());
+            }
+            turns += 1;
+            assert!(turns < 100_000, "it spins");
+        }
+        assert_eq!(reader.join().unwrap().unwrap(), long.len() + 1);
+        std::fs::remove_dir_all(&directory).unwrap();
+    }
+}

@@ -239,10 +239,10 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
 
     /// Removes a disk that no queue uses, and closes its image.
     pub fn remove_disk(&mut self, disk: DiskId) {
-        if let Some(disk) = self.disks.get_mut(disk.0 as usize).and_then(Option::take) {
-            if disk.file != FileId::NONE {
-                self.storage.close(disk.file);
-            }
+        if let Some(disk) = self.disks.get_mut(disk.0 as usize).and_then(Option::take)
+            && disk.file != FileId::NONE
+        {
+            self.storage.close(disk.file);
         }
     }
 

@@ -8,6 +8,8 @@ mod frontends;
 mod host;
 #[path = "backend_world/media.rs"]
 mod media;
+#[path = "backend_world/quotas.rs"]
+mod quotas;
 #[path = "backend_world/shapes.rs"]
 mod shapes;
 mod world;

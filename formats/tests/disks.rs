@@ -5,6 +5,7 @@ mod support;
 
 use std::collections::HashMap;
 
+use formats::pages::Key;
 use formats::qcow2::Planted;
 use formats::qcow2::create::{Create, create};
 use formats::qcow2::{Options, Qcow2};
@@ -67,6 +68,23 @@ fn disks_share_a_cache_without_standing_in_each_others_way() {
         let pages = std::mem::replace(&mut disks[disk].pages, Pages::of_pages(1));
         disks[1 - disk].pages = pages;
     }
+}
+
+/// A cache that others fill makes a request wait; it neither fails nor spins inside.
+#[test]
+fn a_request_waits_while_others_have_the_whole_cache() {
+    let mut driver = qcow2(1, Pages::of_pages(16));
+    let key = |offset_bytes| Key { disk: 9, image: 0, offset_bytes };
+    let taken: Vec<_> = (0..16).map(|n| driver.pages.claim(key(n * 4096)).unwrap()).collect();
+    let extent = Extent { sector: 5, sectors: 1 };
+    assert!(driver.submit(Request { token: 1, op: Op::Read, extent }, vec![9; 512]));
+    for _ in 0..100 {
+        assert!(driver.step(&mut NoFaults));
+    }
+    assert!(driver.outcomes.is_empty());
+    taken.into_iter().for_each(|page| driver.pages.abandon(page));
+    driver.settle();
+    assert_eq!(driver.outcomes.pop().unwrap().result, Ok(()));
 }
 
 /// A discard of everything is done in turns: others are served meanwhile.

@@ -21,7 +21,9 @@ scenario "4 vCPUs, PVH: 4 queues, rings of 4 pages" test_queues h4 pvh 4 2 64
 destroy h4
 scenario "2 vCPUs, PV, persistent grants" test_persistent p2 pv 2 1 32
 destroy p2
-scenario "kexec in a PVH guest under I/O" test_kexec pvh
-scenario "kexec in a PV guest under I/O" test_kexec pv
+if [ -n "$LONG" ]; then
+  scenario "kexec in a PVH guest under I/O" test_kexec pvh
+  scenario "kexec in a PV guest under I/O" test_kexec pv
+fi
 echo "@tally $PASSED $FAILED"
 [ $FAILED = 0 ]

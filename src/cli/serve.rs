@@ -22,8 +22,8 @@ Usage: vbdd serve --kind KIND --root DIR [OPTIONS]
   --engine ENGINE       auto, uring or aio: how images are read and written (auto)
   --place PLACE         auto, dom0 or driver-domain: who cleans up after an unplug (auto: dom0 if this domain is 0)
   --default-abi ABI     x86_64, x86_32 or arm: for a frontend that does not name its ABI (x86_64)
-  --disk-options WORDS  what every disk is served with, as in the node vbdd: in-order, persistent=0, discard=0, max-queues=N,
-                        max-ring-page-order=N
+  --disk-options WORDS  what every disk is served with, as in the node vbdd: in-order, barrier, persistent=0, discard=0,
+                        max-queues=N, max-ring-page-order=N
   --persistent-grants   offer frontends to keep their pages mapped; slower for vbdd than copying, see docs/performance.md
   --state-dir DIR       where live rings are written down for the next vbdd (/run/vbdd)
   --assume-clean        take over rings that no journal tells of, as the last vbdd was stopped with SIGTERM

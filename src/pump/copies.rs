@@ -172,7 +172,12 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
                 "a batch of {count} grant copies failed, as {failed} have: {error:?}; copying by parts"
             );
         }
-        for own in segments.chunk_by_mut(|one, next| one.domain == next.domain) {
+        // What is copied to or from a file itself may fail for the file's reason, and takes no other request with it.
+        let pool = self.storage.buffers();
+        let go_together = |one: &CopySegment, next: &CopySegment| {
+            one.domain == next.domain && pool.contains(one.local) == pool.contains(next.local)
+        };
+        for own in segments.chunk_by_mut(go_together) {
             for part in own.chunks_mut(rings::DIRECT_SEGMENTS) {
                 if self.hypervisor.copy(part).is_err() {
                     self.scratch.copies.call_failed = true;

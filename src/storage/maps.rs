@@ -13,9 +13,10 @@ use crate::buffers::Span;
 use crate::limits::{MAPPED_CHUNKS_MAX, MAPPED_FILE_BYTES_MAX};
 
 /// What one page of page table maps on x86 and arm64: the unit in which mappings are counted and given back.
-const CHUNK_BYTES: u64 = 2 << 20;
+const CHUNK_LENGTH: usize = 2 << 20;
+const CHUNK_BYTES: u64 = CHUNK_LENGTH as u64;
 const PAGE_BYTES: u64 = 4096;
-const PAGES: usize = (CHUNK_BYTES / PAGE_BYTES) as usize;
+const PAGES: usize = CHUNK_LENGTH / 4096;
 const WORDS: usize = PAGES / 64;
 
 /// `statfs` number of tmpfs (`linux/magic.h`). Of the file systems in memory it is the one that tells holes from pages and
@@ -26,10 +27,9 @@ const TMPFS_MAGIC: i64 = 0x0102_1994;
 /// of another when all places are taken: so neither costs more than a small part of the transfers that miss.
 const PATIENCE: u8 = 64;
 
-/// Pages that one fault of a read maps at once (Linux's `fault_around_bytes`); a fault of a write maps one.
-const BLOCK_PAGES: u64 = 16;
-
-const BLOCK_BYTES: u64 = BLOCK_PAGES * PAGE_BYTES;
+/// What one fault of a read maps at once, in bytes (Linux's `fault_around_bytes`); a fault of a write maps one page.
+const BLOCK_LENGTH: usize = 16 * 4096;
+const BLOCK_BYTES: u64 = BLOCK_LENGTH as u64;
 const _: () = assert!(CHUNK_BYTES / BLOCK_BYTES == 32);
 
 /// A chunk that may have page tables.
@@ -37,7 +37,7 @@ const _: () = assert!(CHUNK_BYTES / BLOCK_BYTES == 32);
 struct Chunk {
     /// Pages known to be allocated.
     present: [u64; WORDS],
-    /// Blocks of [`BLOCK_PAGES`] that were asked for: their pages are mapped, or will be by the copy's own faults.
+    /// Blocks of [`BLOCK_BYTES`] that were asked for: their pages are mapped, or will be by the copy's own faults.
     touched: u32,
     /// Whose it is: the file's place in the table of files, and its number in that file. `None` when it is free.
     owner: Option<(u32, u32)>,
@@ -71,7 +71,7 @@ impl Mapping {
             return None;
         }
         let bytes = usize::try_from(length).ok()?;
-        let reserved = bytes + CHUNK_BYTES as usize;
+        let reserved = bytes + CHUNK_LENGTH;
         // SAFETY: a reservation without access at an address of the kernel's choice replaces nothing.
         let start = unsafe {
             rustix::mm::mmap_anonymous(
@@ -82,7 +82,7 @@ impl Mapping {
             )
         }
         .ok()? as usize;
-        let base = start.next_multiple_of(CHUNK_BYTES as usize);
+        let base = start.next_multiple_of(CHUNK_LENGTH);
         let protection = if writable { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::READ };
         let count = usize::try_from(length.div_ceil(CHUNK_BYTES)).ok()?;
         // From here on dropping it unmaps.
@@ -115,7 +115,7 @@ impl Mapping {
 
     /// Which pages of a chunk are in memory.
     fn present(&self, chunk: u32) -> Option<[u64; WORDS]> {
-        let address = self.base + chunk as usize * CHUNK_BYTES as usize;
+        let address = self.base + chunk as usize * CHUNK_LENGTH;
         let mut told = [0_u8; PAGES];
         // SAFETY: the range lies in our mapping, and the kernel writes one byte for each of its at most `PAGES` pages.
         let code = unsafe { libc::mincore(address as *mut _, self.chunk_bytes(chunk), told.as_mut_ptr()) };
@@ -316,7 +316,7 @@ impl Maps {
         let Mapped::Yes(mapping) = mapped else { return };
         let (mut at, end) = (offset, offset.saturating_add(length).min(mapping.length));
         while at < end {
-            let part = u32::try_from(end - at).unwrap_or(u32::MAX & !0xFFF);
+            let part = u32::try_from(end - at).unwrap_or(0xFFFF_F000);
             self.mark(mapped, at, part, |word, mask| *word &= !mask);
             at += u64::from(part);
         }
@@ -382,7 +382,7 @@ impl Chunk {
                 let address = mapping.base + usize::try_from(offset).unwrap_or(0);
                 // SAFETY: whole pages of our mapping, all within the file as it was when it was mapped; no content changes.
                 let _ = unsafe {
-                    rustix::mm::madvise(address as *mut _, BLOCK_BYTES as usize, Advice::LinuxPopulateRead)
+                    rustix::mm::madvise(address as *mut _, BLOCK_LENGTH, Advice::LinuxPopulateRead)
                 };
             }
         }
@@ -401,7 +401,8 @@ impl Chunk {
 /// The pages of `from..to`, bytes of a chunk: words of the bitmap, and which bits of each.
 #[inline]
 fn each_word(from: u64, to: u64, mut with: impl FnMut(usize, u64)) {
-    let (mut page, end) = ((from / PAGE_BYTES) as usize, to.div_ceil(PAGE_BYTES) as usize);
+    let place = |bytes: u64| usize::try_from(bytes).unwrap_or(PAGES);
+    let (mut page, end) = (place(from / PAGE_BYTES), place(to.div_ceil(PAGE_BYTES)));
     while page < end {
         let next = end.min((page / 64 + 1) * 64);
         with(page / 64, (u64::MAX >> (64 - (next - page))) << (page % 64));

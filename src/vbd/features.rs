@@ -106,8 +106,8 @@ impl Terms {
             self.option(word).map_err(|()| {
                 let shown: String = word.escape_default().take(40).collect();
                 format!(
-                    "\"{shown}\", which is no option: in-order, persistent=0|1, discard=0|1, max-queues=N, \
-                     max-ring-page-order=N, protocol=ABI"
+                    "\"{shown}\", which is no option: in-order, barrier, persistent=0|1, discard=0|1, \
+                     max-queues=N, max-ring-page-order=N, protocol=ABI"
                 )
             })?;
         }
@@ -132,6 +132,8 @@ impl Terms {
             "in-order" => self.in_order = flag()?,
             "persistent" => offered.persistent &= flag()?,
             "discard" => offered.discard &= flag()?,
+            // Barriers are served in any case; few frontends want to hear of them beside flushes.
+            "barrier" => offered.barrier = flag()?,
             "max-queues" => offered.queues_max = offered.queues_max.min(number(1, QUEUES_MAX)?),
             "max-ring-page-order" => {
                 offered.ring_page_order_max =
@@ -175,11 +177,12 @@ mod tests {
     }
 
     #[test]
-    fn options_take_away_and_never_add() {
+    fn options_take_away_or_announce_what_is_served() {
         assert_eq!(terms(&[]), Ok(USUAL));
         assert_eq!(terms(&[("vbdd", " ,")]), Ok(USUAL));
         let with = |text: &'static str| terms(&[("vbdd", text)]).unwrap();
         assert!(with("in-order").in_order && !with("in-order=0").in_order);
+        assert!(with("barrier").offered.barrier && !with("barrier=0").offered.barrier);
         assert_eq!(with("max-queues=2 max-ring-page-order=0").offered.queues_max, 2);
         assert_eq!(with("max-queues=8").offered.queues_max, 4, "4 is all that is served");
         assert_eq!(with("max-ring-page-order=0").offered.ring_page_order_max, 0);

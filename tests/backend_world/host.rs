@@ -105,6 +105,11 @@ impl Host {
         self.again = true;
     }
 
+    /// The most requests that this connection had outstanding at once.
+    pub fn outstanding_max(&self) -> usize {
+        self.connection.map_or(0, |id| self.store.outstanding_max_seen(id))
+    }
+
     pub fn lose_store(&mut self) {
         if let Some(id) = self.connection.take() {
             self.store.disconnect(id);

@@ -199,6 +199,19 @@ impl Disk {
                     // Every page is dirty or being read: those of this disk can be written.
                     let stamp = self.shared.ledger.stamp();
                     self.shared.ledger.want(stamp);
+                    if self.flights.count() == 0 && !self.pages_paused && !self.shared.ledger.failed() {
+                        // They are all others': nothing of this disk's own will end, so it asks again in a while.
+                        let id = self.flights.add(Flight::Turn(u32::MAX));
+                        let (image, kind, payload) = (self.leaf_image(), WorkKind::Yield, Payload::None);
+                        self.out.push_back(Work {
+                            id,
+                            image,
+                            kind,
+                            offset_bytes: 0,
+                            length_bytes: 0,
+                            payload,
+                        });
+                    }
                     return Wait::Busy;
                 };
                 let id = self.flights.add(Flight::PageIn(page));

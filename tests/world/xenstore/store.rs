@@ -84,7 +84,7 @@ impl Store {
         self.node(path).map_or(0, |node| node.generation)
     }
 
-    fn owned_by(&self, domain: Domain) -> usize {
+    pub fn owned_by(&self, domain: Domain) -> usize {
         self.nodes.values().filter(|node| node.owner() == domain).count()
     }
 
