@@ -34,12 +34,12 @@ fn sweep(count: u64, weather: bool) {
 
 #[test]
 fn a_crash_loses_nothing_that_was_flushed() {
-    sweep(30, false);
+    sweep(16, false);
 }
 
 #[test]
 fn errors_and_full_media_corrupt_nothing() {
-    sweep(30, true);
+    sweep(16, true);
 }
 
 /// Seeds until a planted bug is found, or `None`.

@@ -42,7 +42,9 @@ impl Medium for Sectors {
     fn zero(&mut self, at: u64, length: u64) -> Result<(), Failure> {
         let range = at / 512..at.saturating_add(length).div_ceil(512).max(at / 512);
         let gone: Vec<u64> = self.sectors.range(range).map(|(at, _)| *at).collect();
-        gone.iter().for_each(|at| drop(self.sectors.remove(at)));
+        gone.iter().for_each(|at| {
+            self.sectors.remove(at);
+        });
         Ok(())
     }
     fn set_length(&mut self, length: u64) -> Result<(), Failure> {

@@ -362,7 +362,12 @@ impl SlowSync for Sparse {
         Ok(())
     }
 
+    /// What a guest discards reads as zero (or as before); what a whole block with its bitmap reads as that the format gave up, nobody
+    /// may rely on.
     fn punched(&mut self, at: u64, length: u64) {
+        if length != 4097 * 512 {
+            return self.change(Change::Fill(at / 512, (at + length) / 512, Cell::Zero));
+        }
         self.garbage += 1;
         let cell = Cell::Garbage(self.garbage);
         self.change(Change::Fill(at / 512, (at + length) / 512, cell));
