@@ -31,6 +31,8 @@ const NONE: u32 = u32::MAX;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Held {
     first: Span,
+    /// The first piece of its own while `first` names pages of a file: none if it has no memory.
+    aside: Span,
     /// The row of [`Rows`] that has the other pieces.
     rest: u32,
     /// What the pool counts for all of it, in bytes.
@@ -40,7 +42,8 @@ pub(crate) struct Held {
 }
 
 impl Held {
-    pub(crate) const NONE: Held = Held { first: Span::EMPTY, rest: NONE, bytes: 0, descriptors: Span::EMPTY };
+    pub(crate) const NONE: Held =
+        Held { first: Span::EMPTY, aside: Span::EMPTY, rest: NONE, bytes: 0, descriptors: Span::EMPTY };
 }
 
 /// The pieces behind the first, of the requests that have more than one: as many rows as such requests were ever in flight
@@ -109,14 +112,6 @@ impl Rows {
             *row = [Span::EMPTY; PIECES_MAX - 1];
             self.free.push(held.rest);
         }
-    }
-
-    /// Gives back the memory for data, and keeps the descriptors.
-    fn free_data(&mut self, pool: &mut Pool, held: &mut Held) {
-        let descriptors =
-            Held { descriptors: std::mem::replace(&mut held.descriptors, Span::EMPTY), ..Held::NONE };
-        self.free(pool, *held);
-        *held = Held { bytes: counted(descriptors.descriptors), ..descriptors };
     }
 
     /// Gives back the pieces that `length` bytes, at least one, do not need.
@@ -321,7 +316,6 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         }
         let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return false };
         let Some(disk) = self.disks.get(queue.disk as usize).and_then(Option::as_ref) else { return false };
-        let guest = queue.guest;
         let Some(one) = queue.in_flight(place) else { return false };
         let length = one.request.length_bytes();
         if length == 0 {
@@ -338,12 +332,9 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             return false;
         };
         let Some(span) = self.storage.direct(disk.file, kind, offset_bytes, length) else { return false };
-        let before = one.held.bytes;
-        self.rows.free_data(self.storage.buffers(), &mut one.held);
-        let given = before - one.held.bytes;
-        self.guests.gives_back(guest, given.into());
-        // The file's pages are no memory of the pool's: they are not counted, and given back by nobody.
-        one.held.first = span;
+        // The file's pages are no memory of the pool's: they are not counted, and given back by nobody. What the request has
+        // of the pool it keeps, should this way fail.
+        one.held.aside = std::mem::replace(&mut one.held.first, span);
         one.stage = Stage::Direct;
         self.queue_copy(id, place, direction);
         true
@@ -355,27 +346,16 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         if one.stage != Stage::Direct {
             return false;
         }
-        one.held.first = Span::EMPTY;
+        one.held.first = std::mem::replace(&mut one.held.aside, Span::EMPTY);
         one.stage = Stage::Storage;
         true
     }
 
     /// The straight way failed, for whatever reason: the usual way tells which, and may do better.
     pub(super) fn retry_buffered(&mut self, id: u32, place: u16) {
-        let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return };
-        let guest = queue.guest;
-        let Some(one) = queue.in_flight(place) else { return };
-        if one.held.descriptors == Span::EMPTY {
-            return self.start_buffered(id, place);
-        }
-        // Its descriptors are read; they must not be read again.
-        let Some(data) = self.rows.alloc(self.storage.buffers(), one.request.length_bytes(), 0) else {
-            return self.finish(id, place, Status::Error);
-        };
-        self.guests.holds(guest, data.bytes.into());
-        let bytes = one.held.bytes + data.bytes;
-        one.held = Held { descriptors: one.held.descriptors, bytes, ..data };
-        self.move_buffered(id, place);
+        let Some(one) = self.queue(id).and_then(|queue| queue.in_flight(place)) else { return };
+        // An indirect request has had memory since before its descriptors were read, which must not be read again.
+        if one.held.bytes == 0 { self.start_buffered(id, place) } else { self.move_buffered(id, place) }
     }
 
     /// Starts to move the data of a request that has memory and whose segments are known.
