@@ -360,6 +360,12 @@ fn a_drive_whose_medium_is_changed() {
         ..ALL
     };
     assert_sound("driver domain, media, restarts", Place::DriverDomain, Script::Ours, restarts);
+}
+
+/// `cargo test --release --test vbd_explore -- --ignored --nocapture a_drive`
+#[test]
+#[ignore = "minutes and gigabytes; run by name"]
+fn a_drive_where_things_fail() {
     let failures = Freedom { media: &[Medium::A, Medium::Empty], frontend_states: &[1, 4], ..NO_RESTARTS };
     assert_sound("driver domain, media, failures", Place::DriverDomain, Script::Ours, failures);
 }

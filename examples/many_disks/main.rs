@@ -52,7 +52,7 @@ fn measured(queues: usize, ring_pages: usize, requests: u32) -> (isize, Duration
     host.settle();
     let mut disks = Vec::new();
     for guest in 1..=GUESTS {
-        let (disk, path) = host.add_image(64);
+        let (disk, path) = host.add_image(200);
         host.attach(guest, &path, &[]);
         disks.push(disk);
     }

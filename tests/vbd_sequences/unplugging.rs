@@ -176,3 +176,30 @@ fn an_unplug_undone_before_the_directory_was_removed() {
     assert!(!host.timers.contains(&Timer::Linger));
     assert_eq!(host.took(), "drain, close, 6, open /dev/vg/a, 2");
 }
+
+/// `xl devd` beside us: it runs the block script at 2, which writes its nodes, or an error; and at 6 it removes the directory, as
+/// we do.
+#[test]
+fn another_daemon_that_runs_scripts_does_no_harm() {
+    for script in [
+        &[
+            ("physical-device", "7:0"),
+            ("physical-device-path", "/dev/loop0"),
+            ("hotplug-status", "connected"),
+        ][..],
+        &[("hotplug-error", "losetup failed"), ("hotplug-status", "error")],
+    ] {
+        let mut host = ready();
+        for (name, value) in script {
+            host.put(BE, name, value);
+        }
+        host.run().ring(8, 9).fe(3).fe(4);
+        assert_eq!(host.took(), "connect [8]/9, 4");
+        host.unplug().fe(6);
+        assert_eq!(host.took(), "drain, close, 6");
+        host.remove_all(BE);
+        host.run();
+        assert_eq!(host.took(), "forget");
+        assert_eq!(host.be("state"), None, "nothing is made anew");
+    }
+}
