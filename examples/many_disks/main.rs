@@ -2,7 +2,15 @@
 //!
 //! `cargo run --release --example many_disks`. The time includes the simulated xenstored, which moves a few bytes at a time; the
 //! memory is what the backend gives back when it ends, without its arena for data, the rings' pages, and the journals.
-#![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::print_stdout, unreachable_pub, dead_code)]
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stdout,
+    clippy::cast_possible_truncation,
+    unreachable_pub,
+    dead_code
+)]
 
 #[path = "../../tests/backend_world/host.rs"]
 mod host;

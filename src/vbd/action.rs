@@ -224,7 +224,8 @@ impl Timer {
         match self {
             Timer::Settle => 100,
             Timer::Linger | Timer::Retry => 1000,
-            Timer::SettleForScript | Timer::Republish => 2000,
+            Timer::SettleForScript => 500,
+            Timer::Republish => 2000,
             Timer::LingerForScript => 5000,
         }
     }

@@ -8,7 +8,7 @@ use std::rc::Rc;
 use rings::{Abi, Offers, Segment};
 use vbdd::pump::RingPlan;
 
-use super::puppet::{DATA_FRAMES, DOMAIN, Meddler, Puppet};
+use super::puppet::{DATA_FRAMES, DOMAIN, Meddler, Puppet, Writes};
 use super::script::Bytes;
 use crate::world::backend::{Backend, Vbd};
 use crate::world::model::sector_bytes;
@@ -23,7 +23,7 @@ struct Play {
     backend: Backend,
     guest: Puppet,
     neighbour: Puppet,
-    writes: Rc<RefCell<VecDeque<(usize, usize, Vec<u8>)>>>,
+    writes: Writes,
     /// Answers that are owed, as far as an honest index would know.
     sent: u32,
     taken: u32,
@@ -88,7 +88,7 @@ impl Play {
                 }
             }
             5 => self.writes.borrow_mut().clear(),
-            6 => self.shared.eager.set(bytes.byte() % 2 == 0),
+            6 => self.shared.eager.set(bytes.byte().is_multiple_of(2)),
             7 => self.turns(bytes.byte() % 8),
             8 => {
                 let now = self.shared.clock.now_us();

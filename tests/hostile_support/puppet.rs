@@ -1,5 +1,6 @@
 //! A frontend whose every byte the test decides.
 
+use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::rc::Rc;
 
@@ -16,6 +17,9 @@ pub const DATA_FRAMES: usize = 16;
 
 /// The hostile guest's domain. Others of the same test have numbers from 100 on.
 pub const DOMAIN: u16 = 7;
+
+/// What the guest writes at a call of the backend yet to come: frame, offset, bytes.
+pub type Writes = Rc<RefCell<VecDeque<(usize, usize, Vec<u8>)>>>;
 
 pub struct Puppet {
     pub domain: u16,
@@ -136,7 +140,7 @@ pub struct Meddler {
     pub domain: u16,
     pub memory: Rc<GuestMemory>,
     /// Frame, offset, bytes.
-    pub writes: Rc<std::cell::RefCell<VecDeque<(usize, usize, Vec<u8>)>>>,
+    pub writes: Writes,
 }
 
 impl Actor for Meddler {

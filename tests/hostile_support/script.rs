@@ -10,7 +10,7 @@ use ::xenstore::{Access, Permission};
 use rings::{Abi, LARGEST_STRIDE, Segment};
 
 use super::lines;
-use super::puppet::{DATA_FRAMES, DOMAIN, Meddler, Puppet};
+use super::puppet::{DATA_FRAMES, DOMAIN, Meddler, Puppet, Writes};
 use crate::host::{DEVID, Host};
 use crate::world::guest::Habits;
 use crate::world::{Faults, xenstore};
@@ -102,7 +102,7 @@ impl Bytes<'_> {
 struct Play {
     host: Host,
     puppet: Puppet,
-    writes: Rc<RefCell<VecDeque<(usize, usize, Vec<u8>)>>>,
+    writes: Writes,
     alive: bool,
     plugged: bool,
     /// The process has had a successor, which does not clear up journals of rings that it never served.
@@ -194,7 +194,7 @@ impl Play {
                 }
             }
             25 => self.writes.borrow_mut().clear(),
-            26 => self.host.shared.eager.set(bytes.byte() % 2 == 0),
+            26 => self.host.shared.eager.set(bytes.byte().is_multiple_of(2)),
             _ => self.domain_dies(bytes.byte()),
         }
     }
@@ -433,7 +433,7 @@ impl Play {
     }
 
     fn domain_dies(&mut self, choice: u8) {
-        if !self.alive || choice % 4 != 0 {
+        if !self.alive || !choice.is_multiple_of(4) {
             return;
         }
         self.alive = false;
