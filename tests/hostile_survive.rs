@@ -263,8 +263,8 @@ fn nodes_of_any_length_and_kind() {
 fn the_largest_ring_that_is_offered_is_served_and_costs_no_more_reads() {
     let (mut host, _) = host();
     let (disk, path) = host.add_image(300);
-    host.attach(DOMAIN, &path, &[("vbdd", Some("max-queues=8"))]);
-    let habits = Habits { queues: 8, ring_pages: 16, requests: 10, ..Habits::new(DOMAIN, disk) };
+    host.attach(DOMAIN, &path, &[]);
+    let habits = Habits { queues: 4, ring_pages: 16, requests: 10, ..Habits::new(DOMAIN, disk) };
     host.connect_guest(habits);
     host.wait_served(DOMAIN);
     host.wait_served(NEIGHBOUR);
