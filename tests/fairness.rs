@@ -2,7 +2,14 @@
 //!
 //! The model is in `tests/world/device.rs` and in `docs/design/hostile.md`: flash that works on 32 commands at once behind a
 //! bus of 2 GB/s, or a spinning disk that does one thing after the other; the processor is as slow as [`Cost`] says.
-#![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::cast_possible_truncation)]
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stdout,
+    clippy::cast_possible_truncation
+)]
 
 mod world;
 

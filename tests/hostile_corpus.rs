@@ -1,7 +1,15 @@
 //! The inputs that fuzzing has found (`fuzz/corpus`), and some drawn at random, played without a fuzzer.
 //!
 //! Longer: `VBDD_SEEDS=n cargo test --test hostile_corpus`; replay: `VBDD_SEED=n`.
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stdout,
+    clippy::cast_possible_truncation,
+    unreachable_pub
+)]
 
 #[path = "../fuzz/bodies/handshake.rs"]
 mod handshake;
