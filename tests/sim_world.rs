@@ -43,7 +43,7 @@ fn domains_die_at_any_moment() {
 #[test]
 fn a_daemon_that_dies_or_is_restarted_is_not_noticed() {
     let (mut deaths, mut handovers) = (0, 0);
-    for seed in 0..10 {
+    for seed in 0..16 {
         let mut host = host(seed, 3, 150, false);
         host.run(restarts).unwrap_or_else(|what| panic!("seed {seed}: {what}"));
         deaths += host.deaths;

@@ -176,7 +176,7 @@ impl LinuxStorage {
             slots: Slots::new(),
             unpushed: Fifo::EMPTY,
             unbounced: Fifo::EMPTY,
-            merges: Merges::default(),
+            merges: Merges::new(),
             stillborn: VecDeque::new(),
             finished: VecDeque::new(),
             refused_opens: VecDeque::new(),

@@ -38,7 +38,7 @@ struct Run {
 }
 
 /// Transfers that are being merged.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Merges {
     run: Option<Run>,
     /// Never given back to the system, as the kernel may read them as long as it likes.
@@ -49,20 +49,19 @@ pub(super) struct Merges {
 }
 
 impl Merges {
+    pub(super) fn new() -> Merges {
+        let empty = libc::iovec { iov_base: ptr::null_mut(), iov_len: 0 };
+        let table = |_| Table(Box::into_raw(Box::new([empty; MERGED_MAX])));
+        let free = (0..u32::try_from(TABLES_MAX).unwrap_or(0)).collect();
+        Merges { run: None, tables: (0..TABLES_MAX).map(table).collect(), free, merged: 0 }
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.run.is_none()
     }
 
     fn table(&mut self) -> Option<u32> {
-        if let Some(number) = self.free.pop() {
-            return Some(number);
-        }
-        let number = u32::try_from(self.tables.len()).ok().filter(|_| self.tables.len() < TABLES_MAX)?;
-        let empty = libc::iovec { iov_base: ptr::null_mut(), iov_len: 0 };
-        self.tables.push(Table(Box::into_raw(Box::new([empty; MERGED_MAX]))));
-        // A place for it when it comes back.
-        self.free.reserve(self.tables.len());
-        Some(number)
+        self.free.pop()
     }
 }
 

@@ -151,7 +151,7 @@ fn two_stays_visible_for_a_moment_when_the_device_is_new() {
 #[test]
 fn two_stays_longer_where_libxl_waits_for_it() {
     let (long, brief) = (Timer::SettleForScript.delay_ms(), Timer::Settle.delay_ms());
-    assert!(long >= 2000 && brief <= 100, "{long} {brief}");
+    assert!(long >= 500 && brief <= 100, "{long} {brief}");
     let mut host = Host::new(DRIVER);
     host.put(BE, "script", "block");
     host.run();
