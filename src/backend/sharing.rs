@@ -110,8 +110,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
 
     fn start_open(&mut self, address: Address, request: OpenRequest, access: Access) {
         let Some(device) = self.devices.get_mut(&address) else { return };
-        let (token, path) = (device.token, request.image.path.clone());
+        self.pump.storage.open_image(device.token, &request.image, access);
         device.opening = Some(request);
-        self.pump.storage.open(token, &path, access);
     }
 }

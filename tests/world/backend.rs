@@ -131,7 +131,7 @@ impl Backend {
             for at in 0..backend.vbds.len() {
                 let vbd = backend.vbds[at].clone();
                 let pump = backend.pump.as_mut().unwrap();
-                let file = pump.storage.open_image(vbd.image);
+                let file = pump.storage.open_number(vbd.image);
                 // What lies on no device of limited speed has one for itself.
                 let device = shared.media.borrow().device_of.get(&vbd.image).copied();
                 let device = device.unwrap_or(1000 + vbd.image) as u64;
