@@ -137,6 +137,16 @@ pub enum IoKind {
         /// How much, in bytes.
         length_bytes: u64,
     },
+    /// The range reads as zero afterwards, every sector of it, whatever the units of the medium are; never past the end of
+    /// the file. To a crash it is like a write of zeroes: each sector is old or zero until a flush.
+    Zero {
+        /// How much, in bytes.
+        length_bytes: u64,
+    },
+    /// The file ends at `offset_bytes` afterwards: what is new of it reads as zero, and what lay behind is gone. Durable
+    /// with the next flush. A block device has the length that it has: `ENOSPC` for more of it, and nothing to do for less.
+    /// Transfers in flight must not reach past the new end.
+    SetLength,
 }
 
 /// One transfer. `token` comes back in the [`Done`].

@@ -142,7 +142,7 @@ impl Medium for Blocking {
         if self.grows && rustix::fs::fallocate(&self.fd, flags, offset_bytes, length_bytes).is_ok() {
             return Ok(());
         }
-        let zeroes = [0; 65536];
+        let zeroes = [0; 4096];
         let mut at = 0;
         while at < length_bytes {
             let part = (length_bytes - at).min(zeroes.len() as u64);

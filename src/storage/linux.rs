@@ -253,7 +253,7 @@ impl LinuxStorage {
         }
         let (mut layers, mut formats) = (Vec::new(), chain.formats.into_iter());
         let mut add = |file, identity| {
-            formats.next().map(|format| layers.push(Layer { file, identity, format }));
+            layers.extend(formats.next().map(|format| Layer { file, identity, format }));
         };
         add(opened.file, opened.identity);
         let mut failed = None;

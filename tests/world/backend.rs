@@ -220,6 +220,10 @@ impl Backend {
                     self.synced.push((*disk, *durable));
                     continue;
                 }
+                PumpEvent::Corrupt(_, corruption) => {
+                    self.shared.fail(format!("a sound image is said to be damaged: {corruption}"));
+                    continue;
+                }
             };
             let Some(line) = self.lines.iter_mut().find(|line| line.queue == Some(of)) else {
                 self.shared.fail(format!("{event:?} of a queue that is not attached"));
@@ -235,7 +239,7 @@ impl Backend {
                 }
                 PumpEvent::Misbehaved(..) => line.misdeeds += 1,
                 PumpEvent::StorageFailed(..) => line.storage_failures += 1,
-                PumpEvent::Synced(..) => {}
+                PumpEvent::Synced(..) | PumpEvent::Corrupt(..) => {}
             }
         }
     }

@@ -413,14 +413,16 @@ impl SimStorage {
         let mut media = shared.media.borrow_mut();
         let rate = match one.io.kind {
             IoKind::Read => faults.read_error,
-            IoKind::Write | IoKind::Discard { .. } => faults.write_error,
+            IoKind::Write | IoKind::Discard { .. } | IoKind::Zero { .. } | IoKind::SetLength => {
+                faults.write_error
+            }
             IoKind::Flush => faults.flush_error,
         };
         let error = shared.strikes(rate);
         let hidden = match one.io.kind {
             IoKind::Write => plant == Plant::WriteErrorHidden,
             IoKind::Flush => plant == Plant::FlushErrorHidden,
-            IoKind::Read | IoKind::Discard { .. } => false,
+            _ => false,
         };
         if matches!(one.io.kind, IoKind::Discard { .. }) && media.no_discard {
             return Err(StorageError::Os(libc::EOPNOTSUPP));
@@ -456,6 +458,7 @@ impl SimStorage {
                     }
                 }
             }
+            IoKind::Zero { .. } | IoKind::SetLength => shared.fail("not simulated yet"),
             IoKind::Flush if error => {
                 media.flush_failed.push(one.image);
                 media.forget(one, &mut || shared.chance(1, 2));
