@@ -41,6 +41,7 @@ impl Disk {
                 }
             }
             Flight::Guest(at) => self.part_ended(at, result),
+            Flight::InPlace(at) => self.in_place_ended(at),
             Flight::Payment(at) => self.payment_part(pages, at, result),
             Flight::FillIn { payment, bounce, to_bytes } => {
                 self.fill_read(pages, payment, bounce, to_bytes, result.map(|()| bytes));
