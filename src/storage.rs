@@ -11,6 +11,7 @@ pub mod linux;
 pub mod uring;
 
 mod calls;
+mod changes;
 mod discards;
 mod files;
 mod hazards;
@@ -20,8 +21,8 @@ mod medium;
 mod merge;
 mod requests;
 mod slots;
-
 mod workers;
+mod zeroes;
 
 use crate::buffers::{Pool, Span};
 
@@ -114,7 +115,8 @@ pub struct Opened {
 pub enum IoKind {
     /// Fill the span from the file. Bytes past the end of the file read as zero.
     Read,
-    /// Write the span to the file. Never extends a regular file past the size it had when opened, rounded up to 512.
+    /// Write the span to the file. Never extends it: a regular file ends where it did when it was opened, or where
+    /// [`IoKind::SetLength`] has put its end since, rounded up to 512.
     Write,
     /// Make durable what was written before: `fdatasync`.
     Flush,
@@ -124,6 +126,16 @@ pub enum IoKind {
         /// How much, in bytes.
         length_bytes: u64,
     },
+    /// The range reads as zero afterwards, every sector of it, whatever the units of the medium are; never past the end of
+    /// the file. To a crash it is like a write of zeroes: each sector is old or zero until a flush.
+    Zero {
+        /// How much, in bytes.
+        length_bytes: u64,
+    },
+    /// The file ends at `offset_bytes` afterwards: what is new of it reads as zero, and what lay behind is gone. Durable
+    /// with the next flush. A block device has the length that it has: `ENOSPC` for more of it, and nothing to do for less.
+    /// Transfers in flight must not reach past the new end.
+    SetLength,
 }
 
 /// One transfer. `token` comes back in the [`Done`].
@@ -137,8 +149,19 @@ pub struct Io {
     pub kind: IoKind,
     /// Where in the file; a multiple of 512.
     pub offset_bytes: u64,
-    /// The memory, a multiple of 512 long; empty for a flush and for a discard.
+    /// The memory, a multiple of 512 long; empty for what moves nothing.
     pub span: Span,
+}
+
+impl Io {
+    /// How much of the file it is about, in bytes.
+    #[must_use]
+    pub fn length_bytes(&self) -> u64 {
+        match self.kind {
+            IoKind::Discard { length_bytes } | IoKind::Zero { length_bytes } => length_bytes,
+            _ => self.span.length_bytes().into(),
+        }
+    }
 }
 
 /// Why a transfer or an open failed.
