@@ -157,7 +157,7 @@ fn shadow(rig: &mut Rig, path: &str, seed: u64, rounds: u32, case: &str) {
             }
             // Little by little, so that ragged ends come and go.
             1 => {
-                let length = (model.len() as u64 + 512 * dice.below(16)).min(MOST).max(512 * 17);
+                let length = (model.len() as u64 + 512 * dice.below(16)).clamp(512 * 17, MOST);
                 let length = length - 512 * dice.below(16);
                 set_length(rig, file, length).unwrap();
                 model.resize(length as usize, 0);
