@@ -5,6 +5,7 @@
 
 pub mod backend;
 pub mod buffers;
+pub mod chains;
 pub mod cli;
 pub mod control;
 pub mod daemon;

@@ -4,7 +4,7 @@
 //! the toolstack wrote is either one of the spellings below or an error that says what to write instead.
 //!
 //! ```text
-//! raw:PATH  aio:PATH                         the format named
+//! raw:PATH  aio:PATH  qcow2:PATH  vhd:PATH   the format named; vpc: is vhd:
 //! tap:aio:PATH  tap2:aio:PATH                xend, xl (blktap); with or without "tapdisk:" in the middle
 //! file:PATH  phy:PATH  phy:NAME              xend, libvirt; NAME is relative to /dev
 //! PATH                                       only with type=phy or type=file: those say "raw"
@@ -23,6 +23,33 @@ const QUOTED_MAX_CHARS: usize = 48;
 pub enum Format {
     /// Byte n of the disk is byte n of the file or block device.
     Raw,
+    /// QCOW2, of version 2 or 3.
+    Qcow2,
+    /// VHD: fixed, dynamic or differencing.
+    Vhd,
+}
+
+impl Format {
+    /// The format that goes by a name: qemu's and blktap's.
+    #[must_use]
+    pub fn of_name(name: &str) -> Option<Format> {
+        match name {
+            "raw" | "aio" => Some(Format::Raw),
+            "qcow2" => Some(Format::Qcow2),
+            "vhd" | "vpc" => Some(Format::Vhd),
+            _ => None,
+        }
+    }
+
+    /// The name by which it is told.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Format::Raw => "raw",
+            Format::Qcow2 => "qcow2",
+            Format::Vhd => "vhd",
+        }
+    }
 }
 
 /// An image that the toolstack named.
@@ -62,16 +89,16 @@ impl fmt::Display for ParamsError {
         match self {
             ParamsError::Empty => f.write_str("params is empty: there is no medium in the drive"),
             ParamsError::NoFormat => {
-                f.write_str("params names no format, and formats are never guessed: write raw:PATH")
+                f.write_str("params names no format, and formats are never guessed: write raw:PATH, qcow2:PATH or vhd:PATH")
             }
             ParamsError::NotServed(name) => {
-                write!(f, "format {name} is not supported yet: convert the image and write raw:PATH")
+                write!(f, "format {name} is not supported: convert the image to raw, qcow2 or vhd")
             }
             ParamsError::NotLocal(name) => {
                 write!(f, "{name} disks are not served: give a file or block device as raw:PATH")
             }
             ParamsError::UnknownFormat(name) => {
-                write!(f, "unknown format \"{name}\" in params: write raw:PATH")
+                write!(f, "unknown format \"{name}\" in params: write raw:PATH, qcow2:PATH or vhd:PATH")
             }
             ParamsError::UnknownOption(text) => {
                 write!(f, "unknown option in \"{text}\" of params: write raw:PATH")
@@ -126,10 +153,10 @@ fn named(text: &str) -> Result<Image, ParamsError> {
     let Some((name, path)) = text.split_once(':') else {
         return Err(ParamsError::RelativePath(quoted(text)));
     };
+    if let Some(format) = Format::of_name(name) {
+        return image(format, path);
+    }
     match name {
-        "raw" | "aio" => raw(path),
-        "vhd" => Err(ParamsError::NotServed("vhd")),
-        "qcow2" => Err(ParamsError::NotServed("qcow2")),
         "qcow" => Err(ParamsError::NotServed("qcow")),
         "qed" => Err(ParamsError::NotServed("qed")),
         "vmdk" => Err(ParamsError::NotServed("vmdk")),
@@ -146,6 +173,10 @@ fn named(text: &str) -> Result<Image, ParamsError> {
 }
 
 fn raw(path: &str) -> Result<Image, ParamsError> {
+    image(Format::Raw, path)
+}
+
+fn image(format: Format, path: &str) -> Result<Image, ParamsError> {
     if path.is_empty() {
         return Err(ParamsError::Empty);
     }
@@ -158,7 +189,7 @@ fn raw(path: &str) -> Result<Image, ParamsError> {
     if path.split('/').any(|part| part == "..") {
         return Err(ParamsError::ParentInPath);
     }
-    Ok(Image { format: Format::Raw, path: path.to_owned() })
+    Ok(Image { format, path: path.to_owned() })
 }
 
 /// A bounded, printable piece of what was refused.
@@ -194,6 +225,8 @@ mod tests {
             ("phy", "phy:vg/lv", "/dev/vg/lv"),
             ("phy", "phy:sda1", "/dev/sda1"),
             ("qdisk", "raw:/var/a:b, c..d.img", "/var/a:b, c..d.img"),
+            ("qdisk", "qcow2:/var/a.qcow2", "/var/a.qcow2"),
+            ("vbd3", "vhd:/var/a.vhd", "/var/a.vhd"),
             ("phy", "/var/raw:x", "/var/raw:x"),
         ];
         for (device_type, params, expected) in table {
@@ -210,9 +243,7 @@ mod tests {
             ("qdisk", "/var/a.img", ParamsError::NoFormat),
             ("", "/var/a.img", ParamsError::NoFormat),
             ("tap", "tap:/var/a.img", ParamsError::NoFormat),
-            ("vbd3", "vhd:/var/a.vhd", ParamsError::NotServed("vhd")),
-            ("qdisk", "qcow2:/var/a.qcow2", ParamsError::NotServed("qcow2")),
-            ("tap", "tap:qcow2:/a", ParamsError::NotServed("qcow2")),
+            ("tap", "tap:qcow:/a", ParamsError::NotServed("qcow")),
             ("phy", "nbd:unix:/run/s", ParamsError::NotLocal("nbd")),
             ("phy", "nbd+unix:///d?socket=/run/s", ParamsError::NotLocal("nbd")),
             ("qdisk", "iso:/a", ParamsError::UnknownFormat("iso".into())),
