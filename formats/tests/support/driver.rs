@@ -200,12 +200,7 @@ impl<M: SlowSync> Driver<M> {
     }
 
     /// One request, alone.
-    pub fn run(
-        &mut self,
-        op: Op,
-        extent: formats::Extent,
-        memory: Vec<u8>,
-    ) -> (Result<(), Failure>, Vec<u8>) {
+    pub fn run(&mut self, op: Op, extent: Extent, memory: Vec<u8>) -> (Result<(), Failure>, Vec<u8>) {
         let token = u64::MAX;
         assert!(self.submit(Request { token, op, extent }, memory));
         self.settle();
