@@ -309,7 +309,7 @@ impl LinuxStorage {
         let action = match io.kind {
             IoKind::Read => Action::Read,
             IoKind::Write => Action::Write,
-            IoKind::Flush | IoKind::Discard { .. } => Action::Sync,
+            IoKind::Flush | IoKind::Discard { .. } | IoKind::Zero { .. } | IoKind::SetLength => Action::Sync,
         };
         let room = file.shape.limit.saturating_sub(io.offset_bytes);
         let length = io.span.length_bytes().min(u32::try_from(room).unwrap_or(u32::MAX));
