@@ -16,6 +16,7 @@ pub mod hypervisor;
 pub mod images;
 pub mod journal;
 pub mod limits;
+pub mod nbd;
 pub mod owners;
 pub mod params;
 pub mod pump;

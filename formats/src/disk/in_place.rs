@@ -31,7 +31,7 @@ impl Disk {
         let found = match op {
             Op::Read => self.whole_read(pages, extent),
             Op::Write => self.whole_write(pages, extent),
-            Op::Discard | Op::WriteZeroes | Op::Flush => Err(Wait::Busy),
+            _ => Err(Wait::Busy),
         };
         let Ok(Some((image, offset_bytes))) = found else {
             self.free_actives.push(place);

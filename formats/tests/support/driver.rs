@@ -2,7 +2,10 @@
 
 use std::collections::HashMap;
 
-use formats::{Disk, Failure, Medium, Op, Outcome, Pages, Payload, Request, Work, WorkKind};
+use formats::{
+    Disk, Extent, Failure, Medium, Op, Outcome, Pages, Payload, Request, STATUS_BYTES, StatusRun, Work,
+    WorkKind,
+};
 
 use super::medium::SimMedium;
 use super::rng::Rng;
@@ -197,18 +200,29 @@ impl<M: SlowSync> Driver<M> {
     }
 
     /// One request, alone.
-    pub fn run(
-        &mut self,
-        op: Op,
-        extent: formats::Extent,
-        memory: Vec<u8>,
-    ) -> (Result<(), Failure>, Vec<u8>) {
+    pub fn run(&mut self, op: Op, extent: Extent, memory: Vec<u8>) -> (Result<(), Failure>, Vec<u8>) {
         let token = u64::MAX;
         assert!(self.submit(Request { token, op, extent }, memory));
         self.settle();
         let at = self.outcomes.iter().position(|outcome| outcome.token == token).unwrap();
         let outcome = self.outcomes.swap_remove(at);
         (outcome.result, self.memory.remove(&token).unwrap())
+    }
+
+    /// Of each sector, whether status says that there is nothing of it.
+    pub fn status(&mut self) -> Vec<bool> {
+        let (all, mut zero) = (self.disk.geometry().sectors, Vec::new());
+        while (zero.len() as u64) < all {
+            let sector = zero.len() as u64;
+            let rest = Extent { sector, sectors: all - sector };
+            let (result, memory) = self.run(Op::Status, rest, vec![0x5a; STATUS_BYTES]);
+            result.unwrap();
+            for run in StatusRun::all(&memory) {
+                zero.extend(std::iter::repeat_n(run.zero, run.sectors as usize));
+            }
+            assert!(zero.len() as u64 > sector && zero.len() as u64 <= all, "{rest:?}: {} runs", zero.len());
+        }
+        zero
     }
 
     pub fn close(&mut self) -> Result<(), Failure> {

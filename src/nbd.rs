@@ -1,0 +1,4 @@
+//! The network block device protocol: what lies on the wire, and the server. `docs/design/nbd.md` is the map.
+
+pub mod server;
+pub mod wire;
