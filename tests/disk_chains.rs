@@ -12,9 +12,7 @@ use std::time::{Duration, Instant};
 use formats::{Extent, Op};
 use storage_support::{Dice, Directory, in_memory, on_disk, options};
 use vbdd::buffers::Span;
-use vbdd::hypervisor::{
-    CopySegment, DomainId, GrantRef, Hypervisor, HypervisorError, Port, RingMapping,
-};
+use vbdd::hypervisor::{CopySegment, DomainId, GrantRef, Hypervisor, HypervisorError, Port, RingMapping};
 use vbdd::journal::{JournalStore, Memory};
 use vbdd::params::{Format, Image};
 use vbdd::pump::{DiskId, DiskPlan, Outside, Pump, PumpEvent};
@@ -224,9 +222,7 @@ fn end(bench: &mut Bench, shadow: &mut Shadow, flights: &mut HashMap<u64, Flight
     match op {
         Op::Read => shadow.read(extent, bench.pump.storage.buffers().bytes(span)),
         Op::WriteZeroes => shadow.wrote(extent, |_| [0; SECTOR]),
-        Op::Discard => {
-            (extent.sector..extent.end()).for_each(|sector| shadow.loose[sector as usize] = true)
-        }
+        Op::Discard => (extent.sector..extent.end()).for_each(|sector| shadow.loose[sector as usize] = true),
         Op::Write | Op::Flush => {}
     }
     if span != Span::EMPTY {
@@ -235,7 +231,10 @@ fn end(bench: &mut Bench, shadow: &mut Shadow, flights: &mut HashMap<u64, Flight
 }
 
 fn qemu_img(arguments: &[&str]) -> String {
-    let output = Command::new("qemu-img").args(arguments).output().expect("qemu-img is needed: apt install qemu-utils");
+    let output = Command::new("qemu-img")
+        .args(arguments)
+        .output()
+        .expect("qemu-img is needed: apt install qemu-utils");
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "qemu-img {arguments:?}: {text}{errors}");
@@ -263,7 +262,8 @@ fn build(directory: &Directory, format: Format, depth: usize, options: &str) -> 
             std::fs::write(&parent, &bytes).unwrap();
             let mut parent_format = "raw";
             for number in 0..depth {
-                let path = if number + 1 == depth { leaf.clone() } else { directory.path(&format!("{number}")) };
+                let path =
+                    if number + 1 == depth { leaf.clone() } else { directory.path(&format!("{number}")) };
                 let what = ["create", "-q", "-f", "qcow2", "-o", options, "-b", &parent, "-F", parent_format];
                 qemu_img(&[&what[..], &[&path, &size]].concat());
                 (parent, parent_format) = (path, "qcow2");
@@ -302,12 +302,22 @@ fn run(directory: &Directory, format: Format, depth: usize, what: &str, options:
 fn qcow2_chains_read_and_write_what_they_should() {
     let mut seed = 7;
     for engine in engines() {
-        for (options, depth) in
-            [("cluster_size=65536", 1), ("cluster_size=512", 2), ("compat=0.10", 2), ("cluster_size=32k,extended_l2=on", 3)]
-        {
+        for (options, depth) in [
+            ("cluster_size=65536", 1),
+            ("cluster_size=512", 2),
+            ("compat=0.10", 2),
+            ("cluster_size=32k,extended_l2=on", 3),
+        ] {
             for directory in [on_disk("chains"), in_memory("chains")] {
                 seed += 1;
-                run(&directory, Format::Qcow2, depth, options, &storage_support::options(&directory.0, engine), seed);
+                run(
+                    &directory,
+                    Format::Qcow2,
+                    depth,
+                    options,
+                    &storage_support::options(&directory.0, engine),
+                    seed,
+                );
             }
         }
     }
@@ -317,7 +327,14 @@ fn qcow2_chains_read_and_write_what_they_should() {
 fn vhds_read_and_write_what_they_should() {
     for (seed, options) in [(21, "subformat=dynamic,force_size=on"), (22, "subformat=fixed,force_size=on")] {
         for directory in [on_disk("vhds"), in_memory("vhds")] {
-            run(&directory, Format::Vhd, 1, options, &storage_support::options(&directory.0, EngineChoice::Auto), seed);
+            run(
+                &directory,
+                Format::Vhd,
+                1,
+                options,
+                &storage_support::options(&directory.0, EngineChoice::Auto),
+                seed,
+            );
         }
     }
 }
@@ -342,6 +359,9 @@ fn what_cannot_be_opened_says_why_and_leaves_no_file_open() {
     }
     let open = std::fs::read_dir("/proc/self/fd").unwrap();
     let targets = open.filter_map(|entry| std::fs::read_link(entry.unwrap().path()).ok());
-    assert_eq!(targets.filter(|target| target.starts_with(&directory.0) && *target != directory.0).count(), 0);
+    assert_eq!(
+        targets.filter(|target| target.starts_with(&directory.0) && *target != directory.0).count(),
+        0
+    );
     let _ = FileId::NONE;
 }

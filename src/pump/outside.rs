@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 
-use formats::{Extent, Op};
+use formats::{Extent, Op, STATUS_BYTES, StatusRun};
 
 use super::memory::PIECE_BYTES;
 use super::{DiskId, Pump, Token};
@@ -22,7 +22,8 @@ pub struct Outside {
     pub op: Op,
     /// Where, in sectors; it lies on the disk. Means nothing to a flush.
     pub extent: Extent,
-    /// Its memory, of [`Storage::buffers`], as long as the extent; empty for what moves no data.
+    /// Its memory, of [`Storage::buffers`], as long as the extent; of [`STATUS_BYTES`] for a status, and empty for what moves no
+    /// data.
     pub span: Span,
 }
 
@@ -71,7 +72,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         let Some(open) = self.disks.get_mut(disk.0 as usize).and_then(Option::as_mut) else {
             return self.outside_done(place, Err(StorageError::Os(libc::ENODEV)));
         };
-        if open.read_only && !matches!(request.op, Op::Read | Op::Flush) {
+        if open.read_only && request.op.changes() {
             return self.outside_done(place, Err(StorageError::Os(libc::EROFS)));
         }
         if request.op == Op::Flush {
@@ -91,6 +92,9 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         let Some(offset_bytes) = open.offset_of(request.extent) else {
             return self.outside_done(place, Err(StorageError::PastEnd));
         };
+        if request.op == Op::Status {
+            return self.all_is_data(place, request);
+        }
         let token = Token::Outside(place).encode();
         let length_bytes = request.extent.sectors.saturating_mul(formats::SECTOR_BYTES);
         let plain = match request.op {
@@ -115,6 +119,15 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         if at == 0 {
             self.outside_done(place, Err(StorageError::Os(libc::EINVAL)));
         }
+    }
+
+    /// The status of a raw disk: its holes are the file system's business.
+    fn all_is_data(&mut self, place: u32, request: Outside) {
+        let mut told = [0; STATUS_BYTES];
+        let run = StatusRun { sectors: request.extent.sectors, zero: false }.to_bytes();
+        formats::bytes::put(&mut told, 0, &run);
+        let filled = self.storage.buffers().copy_in(request.span, &told);
+        self.outside_done(place, if filled { Ok(()) } else { Err(StorageError::Os(libc::EINVAL)) });
     }
 
     fn outside_transfers(&mut self, place: u32, transfers: u32) {
