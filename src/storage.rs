@@ -12,6 +12,7 @@ pub mod uring;
 
 mod calls;
 mod chained;
+mod changes;
 mod discards;
 mod files;
 mod hazards;
@@ -21,8 +22,8 @@ mod medium;
 mod merge;
 mod requests;
 mod slots;
-
 mod workers;
+mod zeroes;
 
 use crate::buffers::{Pool, Span};
 use crate::params::Image;
@@ -127,7 +128,8 @@ pub struct Layer {
 pub enum IoKind {
     /// Fill the span from the file. Bytes past the end of the file read as zero.
     Read,
-    /// Write the span to the file. Never extends a regular file past the size it had when opened, rounded up to 512.
+    /// Write the span to the file. Never extends it: a regular file ends where it did when it was opened, or where
+    /// [`IoKind::SetLength`] has put its end since, rounded up to 512.
     Write,
     /// Make durable what was written before: `fdatasync`.
     Flush,
@@ -160,8 +162,19 @@ pub struct Io {
     pub kind: IoKind,
     /// Where in the file; a multiple of 512.
     pub offset_bytes: u64,
-    /// The memory, a multiple of 512 long; empty for a flush and for a discard.
+    /// The memory, a multiple of 512 long; empty for what moves nothing.
     pub span: Span,
+}
+
+impl Io {
+    /// How much of the file it is about, in bytes.
+    #[must_use]
+    pub fn length_bytes(&self) -> u64 {
+        match self.kind {
+            IoKind::Discard { length_bytes } | IoKind::Zero { length_bytes } => length_bytes,
+            _ => self.span.length_bytes().into(),
+        }
+    }
 }
 
 /// Why a transfer or an open failed.

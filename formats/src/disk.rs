@@ -8,6 +8,7 @@
 
 mod chain;
 mod flight;
+mod in_place;
 mod payouts;
 mod requests;
 mod settle;
@@ -28,6 +29,7 @@ use payouts::Payment;
 use requests::{Active, Epochs};
 
 pub(crate) use chain::Descent;
+pub use in_place::InPlace;
 
 /// What a guest wants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

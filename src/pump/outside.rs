@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 
-use formats::{Extent, Op, STATUS_BYTES, StatusRun};
+use formats::{Extent, Op, StatusRun};
 
 use super::memory::PIECE_BYTES;
 use super::{DiskId, Pump, Token};
@@ -22,8 +22,8 @@ pub struct Outside {
     pub op: Op,
     /// Where, in sectors; it lies on the disk. Means nothing to a flush.
     pub extent: Extent,
-    /// Its memory, of [`Storage::buffers`], as long as the extent; of [`STATUS_BYTES`] for a status, and empty for what moves no
-    /// data.
+    /// Its memory, of [`Storage::buffers`]: as long as the extent, [`formats::STATUS_BYTES`] for a status, and empty for what
+    /// moves no data.
     pub span: Span,
 }
 
@@ -93,7 +93,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             return self.outside_done(place, Err(StorageError::PastEnd));
         };
         if request.op == Op::Status {
-            return self.all_is_data(place, request);
+            return self.tell_status(place, request);
         }
         let token = Token::Outside(place).encode();
         let length_bytes = request.extent.sectors.saturating_mul(formats::SECTOR_BYTES);
@@ -121,13 +121,20 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         }
     }
 
-    /// The status of a raw disk: its holes are the file system's business.
-    fn all_is_data(&mut self, place: u32, request: Outside) {
-        let mut told = [0; STATUS_BYTES];
-        let run = StatusRun { sectors: request.extent.sectors, zero: false }.to_bytes();
-        formats::bytes::put(&mut told, 0, &run);
-        let filled = self.storage.buffers().copy_in(request.span, &told);
-        self.outside_done(place, if filled { Ok(()) } else { Err(StorageError::Os(libc::EINVAL)) });
+    /// Of a raw disk nobody knows where it has holes: all of it counts as data.
+    fn tell_status(&mut self, place: u32, request: Outside) {
+        let all = StatusRun { sectors: request.extent.sectors, zero: false };
+        let pool = self.storage.buffers();
+        let first = all.to_bytes();
+        pool.fill_zero(request.span);
+        let told = match pool.bytes_mut(request.span).get_mut(..first.len()) {
+            Some(run) => {
+                run.copy_from_slice(&first);
+                Ok(())
+            }
+            None => Err(StorageError::Os(libc::EINVAL)),
+        };
+        self.outside_done(place, told);
     }
 
     fn outside_transfers(&mut self, place: u32, transfers: u32) {

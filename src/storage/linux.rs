@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use super::calls::{self, Job};
 use super::chained::{Opener, PreparedChain};
-use super::discards::Discard;
+use super::changes::Order;
 use super::engine::{self, AnyEngine, Engine, EngineChoice, Landed};
 use super::files::{FILES_MAX, File, Files};
 use super::legs::{self, BOUNCE_BYTES};
@@ -21,7 +21,7 @@ use super::workers::{Bell, Workers};
 use super::{
     Access, DiscardUnit, Done, FileId, Identity, Io, IoKind, Layer, OpenError, Opened, Storage, StorageError,
 };
-use crate::buffers::{Pool, Span};
+use crate::buffers::{Pool, SPAN_BYTES_MAX, Span};
 use crate::images::Roots;
 use crate::params::Image;
 
@@ -36,6 +36,9 @@ const HELPERS_MAX: usize = 4;
 
 /// Threads for discards: as many disks can have one under way.
 const DISCARDERS_MAX: usize = 4;
+
+/// Threads for ranges of zeroes and lengths of files: as many files can have one under way.
+const CHANGERS_MAX: usize = 4;
 
 /// Bounce buffers in bytes: 16 requests go through them at a time, the others wait.
 const BOUNCE_POOL_BYTES: usize = 16 * BOUNCE_BYTES as usize;
@@ -116,7 +119,11 @@ pub struct LinuxStorage {
     layers: Vec<(FileId, Vec<Layer>)>,
     openers: Workers<Errand, OpenAnswer>,
     pub(super) helpers: Workers<Job, Landed>,
-    pub(super) discarders: Workers<Discard, Landed>,
+    pub(super) discarders: Workers<Order, Landed>,
+    pub(super) changers: Workers<Order, Landed>,
+    /// Zeroes to write: nobody ever writes to them, so they take no memory.
+    pub(super) zeroes: Span,
+    _zeroes: Pool,
     bell: Arc<Bell>,
     /// Whether a transfer was pushed by us and not on behalf of a caller who is about to submit.
     pub(super) continued: bool,
@@ -172,7 +179,12 @@ impl LinuxStorage {
             Some(Landed { tag: transfer.tag, result: calls::now(&transfer) })
         });
         let discarders =
-            Workers::new("vbdd-discard", DISCARDERS_MAX, Arc::clone(&bell), |call: Discard| Some(call.now()));
+            Workers::new("vbdd-discard", DISCARDERS_MAX, Arc::clone(&bell), |order: Order| Some(order.now()));
+        let changers =
+            Workers::new("vbdd-space", CHANGERS_MAX, Arc::clone(&bell), |order: Order| Some(order.now()));
+        let no_zeroes = |error| format!("no memory for zeroes: {error}");
+        let mut zero_pool = Pool::new(SPAN_BYTES_MAX as usize).map_err(no_zeroes)?;
+        let zeroes = zero_pool.alloc(SPAN_BYTES_MAX).unwrap_or(Span::EMPTY);
         Ok(LinuxStorage {
             pool,
             bounces,
@@ -190,6 +202,9 @@ impl LinuxStorage {
             openers,
             helpers,
             discarders,
+            changers,
+            zeroes,
+            _zeroes: zero_pool,
             bell,
             continued: false,
             maps: Maps::default(),
@@ -321,18 +336,32 @@ impl LinuxStorage {
 
     /// What can be said of a request before it takes a place.
     fn admit(file: &File, io: &Io) -> Result<(), StorageError> {
-        match io.kind {
-            IoKind::Write if file.access == Access::ReadOnly => return Err(StorageError::Os(libc::EROFS)),
-            IoKind::Discard { .. } if file.access == Access::ReadOnly => {
-                return Err(StorageError::Os(libc::EROFS));
-            }
-            _ => {}
+        if file.access == Access::ReadOnly && !matches!(io.kind, IoKind::Read | IoKind::Flush) {
+            return Err(StorageError::Os(libc::EROFS));
         }
         if file.closing {
             return Err(StorageError::Os(libc::EBADF));
         }
-        let length = Self::discard_length(io.kind).unwrap_or(io.span.length_bytes().into());
-        legs::check(&file.shape, io.kind, io.offset_bytes, length)
+        legs::check(&file.shape, io.kind, io.offset_bytes, io.length_bytes())
+    }
+
+    /// A request that moves bytes, or a flush, of a file that does not live in memory.
+    #[inline]
+    pub(super) fn queue_transfer(&mut self, io: Io) {
+        let Some(file) = self.files.at(io.file) else {
+            return self.end(io.token, Err(StorageError::Os(libc::EBADF)));
+        };
+        let Some(number) = self.slots.take(io) else {
+            return self.end(io.token, Err(StorageError::Os(libc::ENOBUFS)));
+        };
+        file.in_flight += 1;
+        if io.kind == IoKind::Write
+            && let Some(hazards) = &mut file.hazards
+            && !hazards.arrive(&mut self.slots, number)
+        {
+            return;
+        }
+        self.advance(number);
     }
 }
 
@@ -365,7 +394,7 @@ impl Storage for LinuxStorage {
         let file = self.files.at(file).filter(|file| !file.closing)?;
         let size = medium::size_now(&file.fd)?;
         if size != file.shape.size {
-            file.shape = file.shape.resized(size);
+            file.resize(size);
         }
         Some(file.shape.size)
     }
@@ -433,24 +462,16 @@ impl Storage for LinuxStorage {
         if let Err(error) = Self::admit(file, &io) {
             return self.end(io.token, Err(error));
         }
-        if let Some(length) = Self::discard_length(io.kind) {
-            return self.queue_discard(&io, length);
+        match io.kind {
+            IoKind::Discard { length_bytes } => self.queue_discard(&io, length_bytes),
+            IoKind::Zero { length_bytes } => self.queue_zero(&io, length_bytes),
+            IoKind::SetLength => self.queue_length(&io),
+            IoKind::Read | IoKind::Write | IoKind::Flush if file.path == Path::Memory => {
+                let result = self.copy_now(&io);
+                self.end(io.token, result);
+            }
+            IoKind::Read | IoKind::Write | IoKind::Flush => self.queue_transfer(io),
         }
-        if file.path == Path::Memory {
-            let result = self.copy_now(&io);
-            return self.end(io.token, result);
-        }
-        let Some(number) = self.slots.take(io) else {
-            return self.end(io.token, Err(StorageError::Os(libc::ENOBUFS)));
-        };
-        file.in_flight += 1;
-        if io.kind == IoKind::Write
-            && let Some(hazards) = &mut file.hazards
-            && !hazards.arrive(&mut self.slots, number)
-        {
-            return;
-        }
-        self.advance(number);
     }
 
     fn trim(&mut self) {
@@ -495,7 +516,7 @@ impl Storage for LinuxStorage {
                 self.land(landed);
             } else if let Some(landed) = self.stillborn.pop_front() {
                 self.land(landed);
-            } else if let Some(landed) = self.discarders.take() {
+            } else if let Some(landed) = self.discarders.take().or_else(|| self.changers.take()) {
                 self.land(landed);
             } else {
                 if self.continued || !self.unpushed.is_empty() || !self.merges.is_empty() {

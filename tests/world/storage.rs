@@ -1,7 +1,8 @@
 //! Storage in memory: latency, reordering, errors, and a volatile cache that power loss empties as it likes.
 //!
 //! A write becomes visible when it completes and durable when a flush ends that was queued after its `Done` was taken.
-//! Until then every version of a sector that was ever in the cache may be the one that survives.
+//! Until then every version of a sector that was ever in the cache may be the one that survives. The same goes for an image's
+//! length: until a flush any that it has had since the last one may be the one that survives.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
@@ -19,6 +20,9 @@ use super::{Plant, Shared};
 
 pub const SECTOR: usize = 512;
 type Sector = [u8; SECTOR];
+
+/// How much longer than at first an image can get before its medium is full, in sectors: 32 MiB.
+pub const GROWTH: usize = 64 << 10;
 
 /// The units in which every image lets content go: odd on purpose.
 pub const UNIT: DiscardUnit = DiscardUnit { granularity_bytes: 4096, alignment_bytes: 1536 };
@@ -43,6 +47,11 @@ pub struct File {
     /// Writes with a `Done` that was taken, and that no flush has covered yet.
     taken: BTreeSet<u64>,
     taken_last: u64,
+    /// Its length after a power loss at best, in sectors, and what it has been since, oldest first, by which change.
+    durable_sectors: usize,
+    lengths: Vec<(u64, usize)>,
+    /// How long it can get, in sectors.
+    room: usize,
 }
 
 #[derive(Debug)]
@@ -58,21 +67,23 @@ struct Running {
 }
 
 impl Running {
-    /// What of the image a discard lets go, in bytes; whole units only.
-    fn discarded(&self) -> Option<(u64, u64)> {
+    /// What of the image a discard lets go (whole units only), or is zeroed, in bytes.
+    fn emptied(&self) -> Option<(u64, u64)> {
+        let from = self.io.offset_bytes;
         match self.io.kind {
-            IoKind::Discard { length_bytes } => Some(UNIT.within(self.io.offset_bytes, length_bytes)),
+            IoKind::Discard { length_bytes } => Some(UNIT.within(from, length_bytes)),
+            IoKind::Zero { length_bytes } => Some((from, from + length_bytes)),
             _ => None,
         }
     }
 
     fn first_sector(&self) -> usize {
-        self.discarded().map_or(self.io.offset_bytes, |(from, _)| from) as usize / SECTOR
+        self.emptied().map_or(self.io.offset_bytes, |(from, _)| from) as usize / SECTOR
     }
 
-    /// Sectors that a write or discard changes.
+    /// Sectors that a write, a discard or a range of zeroes changes.
     fn sectors(&self) -> usize {
-        self.discarded().map_or(self.data.len(), |(from, to)| (to - from) as usize) / SECTOR
+        self.emptied().map_or(self.data.len(), |(from, to)| (to - from) as usize) / SECTOR
     }
 }
 
@@ -112,16 +123,22 @@ pub struct Media {
 impl Media {
     /// An image whose sectors hold the model's first content.
     pub fn create(&mut self, path: &str, sectors: usize, read_only: bool) -> usize {
-        let content: Vec<Sector> = (0..sectors).map(|sector| sector_bytes(0, sector as u64)).collect();
+        // Room for all that it may become: grant copies may go straight to a sector, which must not move then.
+        let room = sectors + GROWTH;
+        let mut content: Vec<Sector> = Vec::with_capacity(room);
+        content.extend((0..sectors).map(|sector| sector_bytes(0, sector as u64)));
         self.images.push(File {
             path: path.to_owned(),
             read_only,
-            visible: content.clone(),
-            durable: content,
+            durable: content.clone(),
+            visible: content,
             cached: BTreeMap::new(),
             forgotten: BTreeMap::new(),
             taken: BTreeSet::new(),
             taken_last: 0,
+            durable_sectors: sectors,
+            lengths: Vec::new(),
+            room,
         });
         self.images.len() - 1
     }
@@ -212,10 +229,14 @@ impl Media {
                     self.land(&one, n);
                 }
             }
+            if one.io.kind == IoKind::SetLength && chance() {
+                self.set_length(one.image, one.number, one.first_sector());
+            }
         }
         // Every write that landed is finished now: a later flush covers it.
         for image in &mut self.images {
             image.taken = image.cached.values().flatten().map(|version| version.write).collect();
+            image.taken.extend(image.lengths.iter().map(|(change, _)| *change));
         }
         self.injected.iter_mut().for_each(|error| error.certain = false);
     }
@@ -231,6 +252,9 @@ impl Media {
                 if pick(2) == 0 {
                     self.land(&one, n);
                 }
+            }
+            if one.io.kind == IoKind::SetLength && pick(2) == 0 {
+                self.set_length(one.image, one.number, one.first_sector());
             }
         }
         for image in &mut self.images {
@@ -253,8 +277,32 @@ impl Media {
                 }
                 image.durable[sector] = survivor;
             }
-            image.visible.clone_from(&image.durable);
+            if !image.lengths.is_empty() {
+                let mut lengths: Vec<usize> = image.lengths.drain(..).map(|(_, sectors)| sectors).collect();
+                lengths.push(image.durable_sectors);
+                image.durable_sectors = lengths[pick(lengths.len())];
+            }
+            image.durable.resize(image.durable_sectors, [0; SECTOR]);
+            image.visible.clear();
+            image.visible.extend_from_slice(&image.durable);
         }
+    }
+
+    /// The image ends elsewhere. False when its medium is full.
+    fn set_length(&mut self, image: usize, change: u64, sectors: usize) -> bool {
+        let image = &mut self.images[image];
+        if sectors > image.room {
+            return false;
+        }
+        // What is cut off reads as zero should the image ever get longer again; until a flush the cut may be undone.
+        for sector in sectors..image.visible.len() {
+            let version = Version { write: change, bytes: [0; SECTOR] };
+            image.cached.entry(sector).or_default().push(version);
+        }
+        image.visible.resize(sectors, [0; SECTOR]);
+        image.durable.resize(image.durable.len().max(sectors), [0; SECTOR]);
+        image.lengths.push((change, sectors));
+        true
     }
 
     /// Sector `n` of a write, or of what a discard lets go, reaches the cache.
@@ -281,6 +329,10 @@ impl Media {
             }
         }
         image.cached.retain(|_, versions| !versions.is_empty());
+        if let Some(newest) = image.lengths.iter().rposition(|(change, _)| flush.covers.contains(change)) {
+            image.durable_sectors = image.lengths[newest].1;
+            image.lengths.drain(..=newest);
+        }
         image.taken.retain(|write| !flush.covers.contains(write));
     }
 
@@ -303,6 +355,8 @@ impl Media {
         image.forgotten.retain(|sector, _| *sector < sectors);
         image.visible.resize(sectors, [0; SECTOR]);
         image.durable.resize(sectors, [0; SECTOR]);
+        image.durable_sectors = sectors;
+        image.lengths.clear();
     }
 
     /// The durable content of a sector; of the cache nothing is asked.
@@ -458,7 +512,19 @@ impl SimStorage {
                     }
                 }
             }
-            IoKind::Zero { .. } | IoKind::SetLength => shared.fail("not simulated yet"),
+            IoKind::Zero { .. } => {
+                for n in 0..one.sectors() {
+                    if !error || shared.chance(1, 2) {
+                        media.land(one, n);
+                    }
+                }
+            }
+            IoKind::SetLength if error => {}
+            IoKind::SetLength => {
+                if !media.set_length(one.image, one.number, first) {
+                    return Err(StorageError::Os(libc::ENOSPC));
+                }
+            }
             IoKind::Flush if error => {
                 media.flush_failed.push(one.image);
                 media.forget(one, &mut || shared.chance(1, 2));
@@ -557,15 +623,12 @@ impl Storage for SimStorage {
         };
         let mut media = self.shared.media.borrow_mut();
         let aligned = io.offset_bytes.is_multiple_of(512) && io.span.length_bytes().is_multiple_of(512);
-        let length = match io.kind {
-            IoKind::Discard { length_bytes } => length_bytes,
-            _ => io.span.length_bytes().into(),
-        };
-        let end = io.offset_bytes.saturating_add(length) as usize;
-        if !aligned || end > media.images[image].visible.len() * SECTOR {
+        let end = io.offset_bytes.saturating_add(io.length_bytes()) as usize;
+        let inside = end <= media.images[image].visible.len() * SECTOR || io.kind == IoKind::SetLength;
+        if !aligned || !inside {
             self.shared.fail(format!("a transfer outside the image: {io:?}"));
         }
-        if media.images[image].read_only && matches!(io.kind, IoKind::Write | IoKind::Discard { .. }) {
+        if media.images[image].read_only && !matches!(io.kind, IoKind::Read | IoKind::Flush) {
             self.shared.fail("a write to an image that was opened to be read");
         }
         media.numbers += 1;
@@ -630,7 +693,7 @@ impl Storage for SimStorage {
             media.running.swap_remove(ready[self.shared.index(ready.len())])
         };
         let result = self.finish(&one);
-        if matches!(one.io.kind, IoKind::Write | IoKind::Discard { .. }) {
+        if !matches!(one.io.kind, IoKind::Read | IoKind::Flush) {
             let mut media = self.shared.media.borrow_mut();
             let image = &mut media.images[one.image];
             image.taken.insert(one.number);

@@ -30,6 +30,8 @@ pub(super) enum Flight {
     StatusOut(u32),
     /// A long request lets others have their turn.
     Turn(u32),
+    /// The owner moves all data of a request, to or from where they are.
+    InPlace(u32),
     /// A format's own transfer.
     Order { tag: u64, bytes: Vec<u8> },
 }

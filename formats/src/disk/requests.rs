@@ -48,6 +48,17 @@ impl Active {
         }
     }
 
+    /// A request that needs no work.
+    pub(super) fn in_place(request: Request, user: u64, epoch: Option<u64>) -> Active {
+        let cursor = request.extent.end();
+        Active { cursor, outstanding: 1, ..Active::new(request, user, epoch) }
+    }
+
+    /// Of a write: which flushes wait for it.
+    pub(super) fn epoch(&self) -> Option<u64> {
+        self.epoch
+    }
+
     fn rest(&self) -> Extent {
         Extent { sector: self.cursor, sectors: self.request.extent.end().saturating_sub(self.cursor) }
     }
@@ -74,7 +85,7 @@ impl Epochs {
         self.current
     }
 
-    fn write_ends(&mut self, epoch: u64) {
+    pub(super) fn write_ends(&mut self, epoch: u64) {
         let age = crate::bytes::index(self.current.saturating_sub(epoch));
         let count = match self.closed.len().checked_sub(age) {
             Some(place) if age > 0 => self.closed.get_mut(place).map(|(writes, _)| writes),

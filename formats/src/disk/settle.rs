@@ -40,6 +40,7 @@ impl Disk {
                     self.work_failed(pages, Failure::SyncFailed);
                 }
             }
+            Flight::InPlace(at) => self.in_place_ended(at),
             Flight::Guest(at) | Flight::StatusOut(at) => self.part_ended(at, result),
             Flight::Payment(at) => self.payment_part(pages, at, result),
             Flight::FillIn { payment, bounce, to_bytes } => {
