@@ -7,6 +7,7 @@ pub mod backend;
 pub mod buffers;
 pub mod chains;
 pub mod cli;
+mod clock;
 pub mod control;
 pub mod daemon;
 pub mod disk;

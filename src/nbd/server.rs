@@ -19,30 +19,16 @@ pub use listen::{Address, Listener};
 use std::os::fd::AsFd;
 use std::time::Duration;
 
-use formats::{Extent, Op};
-
-use crate::buffers::{Pool, Span};
+use crate::buffers::Pool;
 use crate::error::Error;
+use crate::hypervisor::Hypervisor;
 use crate::limits::{NBD_ACCEPTS_PER_TURN, NBD_CLIENTS_MAX, NBD_REST, NBD_RETRY};
-use crate::pump::DiskId;
+use crate::pump::{DiskId, Outside, Pump};
 use crate::reactor::{Reactor, Ready};
-use crate::storage::StorageError;
+use crate::storage::{Storage, StorageError};
 use budget::Budget;
 use client::Client;
 use listen::Arrival;
-
-/// A request to a disk.
-#[derive(Clone, Copy, Debug)]
-pub struct Outside {
-    /// The asker's name for it, below 2^48.
-    pub token: u64,
-    /// What.
-    pub op: Op,
-    /// Where.
-    pub extent: Extent,
-    /// Its data, in the pool of the storage; empty where there are none.
-    pub span: Span,
-}
 
 /// What the server needs of whoever has the disks.
 pub trait Disks {
@@ -51,6 +37,16 @@ pub trait Disks {
 
     /// Starts a request, whose answer goes to [`Server::answered`]. A flush covers what was answered before.
     fn ask(&mut self, disk: DiskId, request: Outside);
+}
+
+impl<H: Hypervisor, S: Storage> Disks for Pump<H, S> {
+    fn buffers(&mut self) -> &mut Pool {
+        self.storage.buffers()
+    }
+
+    fn ask(&mut self, disk: DiskId, request: Outside) {
+        Pump::ask(self, disk, request);
+    }
 }
 
 /// What a client's steps need of the world.

@@ -228,7 +228,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         if !chain.waiting.is_empty() || !chain.disk.submit(pages, request) {
             chain.waiting.push_back(request);
         }
-        if !matches!(op, Op::Read | Op::Flush | Op::Status) {
+        if op.changes() {
             chain.changed = true;
             self.chains.write_back_at.get_or_insert(now + WRITE_BACK_INTERVAL);
         }

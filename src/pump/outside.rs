@@ -72,7 +72,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         let Some(open) = self.disks.get_mut(disk.0 as usize).and_then(Option::as_mut) else {
             return self.outside_done(place, Err(StorageError::Os(libc::ENODEV)));
         };
-        if open.read_only && !matches!(request.op, Op::Read | Op::Flush | Op::Status) {
+        if open.read_only && request.op.changes() {
             return self.outside_done(place, Err(StorageError::Os(libc::EROFS)));
         }
         if request.op == Op::Flush {

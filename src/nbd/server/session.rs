@@ -9,11 +9,11 @@ use formats::{Extent, Op, SECTOR_BYTES, STATUS_BYTES};
 use super::exports::Export;
 use super::handshake::Agreed;
 use super::output::Output;
-use super::{Cx, Disks, Outside, replies};
+use super::{Cx, Disks, replies};
 use crate::buffers::Span;
 use crate::limits::{NBD_REQUEST_BYTES_MAX, NBD_REQUESTS_MAX, NBD_UNSENT_BYTES_MAX};
 use crate::nbd::wire::{self, command, error, flag};
-use crate::pump::DiskId;
+use crate::pump::{DiskId, Outside};
 use crate::storage::StorageError;
 
 /// Data of a write that is refused are thrown away up to this many bytes; whoever sends more is cut off.
