@@ -27,7 +27,7 @@ plug_flavour() {
         vbdd "=persistent=$([ "$1" = persistent ] && echo 1 || echo 0)" ;;
     qcow2 | vhd)
       echo "vbdd3 dom0 /srv/images/$1.img" >"/run/plug.guest.$disk"
-      attach guest "$disk" dom0 vbd3 w "$1:/srv/images/$1.img" ;;
+      attach guest "$disk" dom0 vbd3 w "$1:/srv/images/$1.img" vbdd =persistent=0 ;;
     qdisk-qcow2)
       echo "qdisk dom0 /srv/images/$1.img" >"/run/plug.guest.$disk"
       attach guest "$disk" dom0 qdisk w "qcow2:/srv/images/$1.img" && qdisk_serve guest ;;
