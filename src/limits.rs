@@ -44,6 +44,17 @@ pub const EVENT_DELAY_MAX: Duration = Duration::from_millis(128);
 /// of 1 MiB; when the disks of `k` guests hang, 64 MiB / (k + 1) stay for the others, 1.3 MiB beside 46 of them.
 pub const DATA_MEMORY_BYTES: usize = 64 << 20;
 
+/// Metadata of images in memory, all disks together, in bytes, unless asked otherwise: the L2 tables of 256 GiB at 64 KiB
+/// clusters, or their merged map. What does not fit is read again.
+pub const METADATA_CACHE_BYTES: usize = 32 << 20;
+
+/// Memory for metadata and copies on their way to and from images, in bytes: 64 transfers of 128 KiB, or 2 048 of a page;
+/// others wait for the first to end.
+pub const METADATA_MEMORY_BYTES: usize = 8 << 20;
+
+/// How long changed metadata may stay in memory while nobody flushes.
+pub const WRITE_BACK_INTERVAL: Duration = Duration::from_secs(1);
+
 /// Pages of one queue that stay mapped: what a Linux frontend keeps for a ring of 32 requests of 32 pages and some more.
 /// 100 bytes of books each.
 pub const GRANTS_PER_QUEUE_MAX: usize = 1056;

@@ -5,13 +5,16 @@
 //! ring by ring, and at last lets events through again. Nothing here waits, and nothing allocates once the tables have
 //! grown to their working size.
 
+mod chains;
 mod copies;
 mod ends;
 mod fair;
 mod mapped;
 mod memory;
+mod outside;
 mod stages;
 mod turn;
+mod works;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -25,6 +28,7 @@ use crate::limits::REPORTS_MAX;
 use crate::queue::{Counters, FrontendMisbehaved, Queue};
 use crate::storage::{FileId, Storage};
 pub(crate) use memory::{Held, Rows};
+pub use outside::Outside;
 
 /// Names a queue of the pump.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -43,8 +47,10 @@ pub enum PumpEvent {
     Misbehaved(QueueId, FrontendMisbehaved),
     /// Storage failed a request of this queue: errno.
     StorageFailed(QueueId, StorageFailure),
-    /// The `sync` of a disk ended; false if the data may not be durable.
+    /// The `sync` or `close_disk` of a disk ended; false if the data may not be durable.
     Synced(DiskId, bool),
+    /// An image contradicts itself: nothing is written to it any more. Once for each disk.
+    Corrupt(DiskId, formats::Corruption),
 }
 
 /// What failed, for the log.
@@ -119,6 +125,10 @@ enum Token {
     Flush(u32),
     /// A flush that the pump's owner asked for.
     Sync(u32),
+    /// A transfer of a piece of work that a format wants done.
+    Work(u32),
+    /// A transfer, or the flush, of a request that came from no ring.
+    Outside(u32),
 }
 
 impl Token {
@@ -129,16 +139,27 @@ impl Token {
             Token::Request { queue, place } => (u64::from(queue) << 16) | u64::from(place),
             Token::Flush(disk) => (1 << 56) | (u64::from(disk) << 16),
             Token::Sync(disk) => (2 << 56) | (u64::from(disk) << 16),
+            Token::Work(number) => (3 << 56) | (u64::from(number) << 16),
+            Token::Outside(place) => (4 << 56) | (u64::from(place) << 16),
         }
     }
 
-    /// A transfer of 512 bytes to 128 KiB, with its length in sectors less one.
+    /// A request's transfer of 512 bytes to 128 KiB, with its length in sectors less one.
     fn of_transfer(queue: u32, place: u16, length_bytes: u32) -> u64 {
-        let sectors = u64::from(length_bytes / 512).saturating_sub(1) & 0xFF;
-        Token::Request { queue, place }.encode() | (sectors << 48)
+        Token::Request { queue, place }.with_length(length_bytes)
     }
 
-    /// The length that [`Token::of_transfer`] was given, in bytes.
+    /// The same of a piece of work.
+    fn of_work(number: u32, length_bytes: u32) -> u64 {
+        Token::Work(number).with_length(length_bytes)
+    }
+
+    fn with_length(self, length_bytes: u32) -> u64 {
+        let sectors = u64::from(length_bytes / 512).saturating_sub(1) & 0xFF;
+        self.encode() | (sectors << 48)
+    }
+
+    /// The length that a transfer's token was given, in bytes.
     fn transfer_bytes(token: u64) -> u32 {
         (u32::from(token.to_be_bytes()[1]) + 1) * 512
     }
@@ -149,6 +170,8 @@ impl Token {
             0 => Some(Token::Request { queue: number, place: u16::try_from(token & 0xFFFF).ok()? }),
             1 => Some(Token::Flush(number)),
             2 => Some(Token::Sync(number)),
+            3 => Some(Token::Work(number)),
+            4 => Some(Token::Outside(number)),
             _ => None,
         }
     }
@@ -166,6 +189,8 @@ pub struct Pump<H, S> {
     queues: Vec<Option<Queue>>,
     names: Vec<String>,
     disks: Vec<Option<Disk>>,
+    chains: chains::Chains,
+    outside: outside::Outsiders,
     by_port: BTreeMap<Port, u32>,
     /// Queues whose ring should be looked at.
     ready: VecDeque<u32>,
@@ -201,6 +226,8 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             queues: Vec::new(),
             names: Vec::new(),
             disks: Vec::new(),
+            chains: chains::Chains::default(),
+            outside: outside::Outsiders::default(),
             by_port: BTreeMap::new(),
             ready: VecDeque::new(),
             delayed: Vec::new(),
@@ -239,10 +266,11 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
 
     /// Removes a disk that no queue uses, and closes its image.
     pub fn remove_disk(&mut self, disk: DiskId) {
-        if let Some(disk) = self.disks.get_mut(disk.0 as usize).and_then(Option::take)
-            && disk.file != FileId::NONE
+        if let Some(open) = self.disks.get_mut(disk.0 as usize).and_then(Option::take)
+            && !self.remove_chain(disk.0)
+            && open.file != FileId::NONE
         {
-            self.storage.close(disk.file);
+            self.storage.close(open.file);
         }
     }
 
@@ -357,12 +385,14 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
     /// pump since.
     #[must_use]
     pub fn has_work(&self) -> bool {
-        !self.ready.is_empty() || self.scratch.has_flushes() || self.scratch.copies.wait()
+        let has_chains = self.chains.has_work() || self.scratch.asked;
+        !self.ready.is_empty() || self.scratch.has_flushes() || self.scratch.copies.wait() || has_chains
     }
 
     /// Gives the memory of past load back, tables and data. Meant for moments without load.
     pub fn trim(&mut self) {
         self.queues.iter_mut().flatten().for_each(Queue::trim);
+        self.chains.works.trim();
         self.storage.trim();
     }
 
@@ -370,7 +400,8 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
     /// those behind the first in line for memory may pass.
     #[must_use]
     pub fn deadline(&self) -> Option<Duration> {
-        self.delayed.iter().map(|(deadline, _)| *deadline).chain(self.line_deadline()).min()
+        let delays = self.delayed.iter().map(|(deadline, _)| *deadline);
+        delays.chain(self.line_deadline()).chain(self.chains.deadline()).min()
     }
 
     fn queue(&mut self, id: u32) -> Option<&mut Queue> {
@@ -394,7 +425,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
     /// Files an event for the owner. What a guest can cause at will is dropped when the owner is behind; what the owner
     /// waits for is not.
     fn report(&mut self, event: PumpEvent) {
-        let owed = matches!(event, PumpEvent::Drained(_) | PumpEvent::Synced(..));
+        let owed = matches!(event, PumpEvent::Drained(_) | PumpEvent::Synced(..) | PumpEvent::Corrupt(..));
         if owed || self.events.len() < REPORTS_MAX {
             self.events.push_back(event);
         }
@@ -408,6 +439,11 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             self.touched.push(id);
         }
     }
+}
+
+/// What a request is about.
+fn extent_of(request: &rings::Request) -> formats::Extent {
+    formats::Extent { sector: request.sector, sectors: request.sectors }
 }
 
 /// Puts `value` into the first empty place.

@@ -11,6 +11,7 @@ pub mod linux;
 pub mod uring;
 
 mod calls;
+mod chained;
 mod changes;
 mod discards;
 mod files;
@@ -25,6 +26,7 @@ mod workers;
 mod zeroes;
 
 use crate::buffers::{Pool, Span};
+use crate::params::Image;
 
 /// An open image file or block device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -97,7 +99,7 @@ pub struct Opened {
     pub file: FileId,
     /// Which file it really is.
     pub identity: Identity,
-    /// Size in bytes at the time of opening.
+    /// Size in bytes at the time of opening: of a raw image the file's, else the disk's.
     pub size_bytes: u64,
     /// The medium's physical block in bytes (512 or 4096 as a rule): what `physical-sector-size` should say.
     pub physical_block_bytes: u32,
@@ -108,6 +110,17 @@ pub struct Opened {
     /// False for a writable image that another open file has locked: another program, or a process that is gone and whose
     /// last writes are not over.
     pub locked: bool,
+}
+
+/// One image of an open chain.
+#[derive(Debug)]
+pub struct Layer {
+    /// Its file.
+    pub file: FileId,
+    /// Which file that really is.
+    pub identity: Identity,
+    /// How to read it.
+    pub format: Box<dyn formats::Format>,
 }
 
 /// What is to be done with bytes of a file.
@@ -207,8 +220,18 @@ impl std::fmt::Display for OpenError {
 
 /// What the backend needs of storage. One owner, one thread, no blocking call.
 pub trait Storage {
-    /// Starts to open `path` (absolute). The answer comes from [`Storage::opened`] under `token`.
-    fn open(&mut self, token: u64, path: &str, access: Access);
+    /// Starts to open an image, with its parents if it has a format. The answer comes from [`Storage::opened`] under
+    /// `token`.
+    fn open_image(&mut self, token: u64, image: &Image, access: Access);
+
+    /// Takes the layers of an image that was opened and has a format, leaf first: the leaf's file is the one that was
+    /// opened. Each file is to be closed by itself then. `None` for a raw image, and the second time.
+    fn layers(&mut self, file: FileId) -> Option<Vec<Layer>>;
+
+    /// Starts to open a raw image at `path` (absolute).
+    fn open(&mut self, token: u64, path: &str, access: Access) {
+        self.open_image(token, &Image { format: crate::params::Format::Raw, path: path.into() }, access);
+    }
 
     /// Takes one finished open, if there is one.
     fn opened(&mut self) -> Option<(u64, Result<Opened, OpenError>)>;

@@ -14,8 +14,9 @@ use vbdd::buffers::Pool;
 use vbdd::hypervisor::{
     CopyDirection, CopySegment, DomainId, GrantRef, Hypervisor, HypervisorError, Port, RingMapping,
 };
+use vbdd::params::Image;
 use vbdd::storage::linux::LinuxStorage;
-use vbdd::storage::{Access, Done, FileId, Io, OpenError, Opened, Storage};
+use vbdd::storage::{Access, Done, FileId, Io, Layer, OpenError, Opened, Storage};
 
 use crate::measure::{Call, Clock, Stage};
 
@@ -206,8 +207,12 @@ impl Timed {
 }
 
 impl Storage for Timed {
-    fn open(&mut self, token: u64, path: &str, access: Access) {
-        self.inner.open(token, path, access);
+    fn open_image(&mut self, token: u64, image: &Image, access: Access) {
+        self.inner.open_image(token, image, access);
+    }
+
+    fn layers(&mut self, file: FileId) -> Option<Vec<Layer>> {
+        self.inner.layers(file)
     }
 
     fn opened(&mut self) -> Option<(u64, Result<Opened, OpenError>)> {

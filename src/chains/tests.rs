@@ -187,10 +187,10 @@ fn what_a_parent_may_not_be() {
     let mut shelf = Shelf::default();
     shelf.raw("/raw");
     for (number, (backing, expected)) in [
-        ((("/raw", None)), "does not say of which format"),
-        ((("/raw", Some("vmdk"))), "vmdk, which cannot be read"),
-        ((("/none", Some("raw"))), "no such file (it is the parent of /q"),
-        ((("/raw", Some("qcow2"))), "no QCOW2 magic"),
+        (("/raw", None), "does not say of which format"),
+        (("/raw", Some("vmdk")), "vmdk, which cannot be read"),
+        (("/none", Some("raw")), "no such file (it is the parent of /q"),
+        (("/raw", Some("qcow2")), "no QCOW2 magic"),
     ]
     .into_iter()
     .enumerate()

@@ -5,10 +5,9 @@
 
 use std::time::Duration;
 
-use formats::{Extent, Place, Run};
 use rings::{Segments, Status};
 
-use super::Pump;
+use super::{Pump, extent_of};
 use crate::buffers::{PAGE_BYTES, Pool, SPAN_BYTES_MAX, Span};
 use crate::hypervisor::{CopyDirection, DomainId, Hypervisor};
 use crate::limits::STARVED_PATIENCE;
@@ -327,10 +326,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             // More than the data has to be done in order.
             _ => return false,
         };
-        let extent = Extent { sector: one.request.sector, sectors: one.request.sectors };
-        let Ok(Run { place: Place::Data { offset_bytes }, .. }) = disk.image.map(extent) else {
-            return false;
-        };
+        let Some(offset_bytes) = disk.offset_of(extent_of(&one.request)) else { return false };
         let Some(span) = self.storage.direct(disk.file, kind, offset_bytes, length) else { return false };
         // The file's pages are no memory of the pool's: they are not counted, and given back by nobody. What the request has
         // of the pool it keeps, should this way fail.

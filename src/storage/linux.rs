@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::calls::{self, Job};
+use super::chained::{Opener, PreparedChain};
 use super::changes::Order;
 use super::engine::{self, AnyEngine, Engine, EngineChoice, Landed};
 use super::files::{FILES_MAX, File, Files};
@@ -17,9 +18,12 @@ use super::medium::{self, Path, Prepared};
 use super::merge::Merges;
 use super::slots::{Fifo, Slots};
 use super::workers::{Bell, Workers};
-use super::{Access, Done, FileId, Identity, Io, IoKind, OpenError, Opened, Storage, StorageError};
+use super::{
+    Access, DiscardUnit, Done, FileId, Identity, Io, IoKind, Layer, OpenError, Opened, Storage, StorageError,
+};
 use crate::buffers::{Pool, SPAN_BYTES_MAX, Span};
 use crate::images::Roots;
+use crate::params::Image;
 
 /// Threads that open and close files. A dead file server holds one for each path that is tried; the rest go on.
 const OPENERS_MAX: usize = 4;
@@ -77,20 +81,20 @@ impl Default for Options {
 
 /// A job for an opener.
 enum Errand {
-    Open { token: u64, path: String, access: Access },
+    Open { token: u64, image: Image, access: Access },
     Close(Box<File>),
 }
 
 impl std::fmt::Debug for Errand {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Errand::Open { path, .. } => write!(f, "Open({path})"),
+            Errand::Open { image, .. } => write!(f, "Open({})", image.path),
             Errand::Close(_) => f.write_str("Close"),
         }
     }
 }
 
-type OpenAnswer = (u64, Result<Prepared, OpenError>, String);
+type OpenAnswer = (u64, Result<PreparedChain, OpenError>, Image);
 
 /// Storage on Linux files and block devices.
 #[derive(Debug)]
@@ -111,6 +115,8 @@ pub struct LinuxStorage {
     pub(super) stillborn: VecDeque<Landed>,
     finished: VecDeque<Done>,
     refused_opens: VecDeque<(u64, Result<Opened, OpenError>)>,
+    /// Layers of opened images that were not asked for yet, by their leaf's file.
+    layers: Vec<(FileId, Vec<Layer>)>,
     openers: Workers<Errand, OpenAnswer>,
     pub(super) helpers: Workers<Job, Landed>,
     pub(super) discarders: Workers<Order, Landed>,
@@ -160,9 +166,9 @@ impl LinuxStorage {
         let bell = Arc::new(Bell::new().map_err(|error| format!("eventfd: {error}"))?);
         let (direct, alignment) = (options.direct, options.alignment);
         let openers = Workers::new("vbdd-open", OPENERS_MAX, Arc::clone(&bell), move |errand| match errand {
-            Errand::Open { token, path, access } => {
-                let result = medium::open(&roots, &path, access, direct, alignment);
-                Some((token, result, path))
+            Errand::Open { token, image, access } => {
+                let mut opener = Opener { roots: &roots, access, direct, least: alignment };
+                Some((token, opener.open(&image), image))
             }
             Errand::Close(file) => {
                 drop(file);
@@ -192,6 +198,7 @@ impl LinuxStorage {
             stillborn: VecDeque::new(),
             finished: VecDeque::new(),
             refused_opens: VecDeque::new(),
+            layers: Vec::new(),
             openers,
             helpers,
             discarders,
@@ -253,7 +260,39 @@ impl LinuxStorage {
         self.bell.ring();
     }
 
-    fn install(&mut self, path: String, prepared: Prepared) -> Result<Opened, OpenError> {
+    /// Puts the files of an image into the table.
+    fn install_all(&mut self, image: Image, chain: PreparedChain) -> Result<Opened, OpenError> {
+        let mut opened = self.install(&image.path, chain.leaf)?;
+        if chain.formats.is_empty() {
+            return Ok(opened);
+        }
+        let (mut layers, mut formats) = (Vec::new(), chain.formats.into_iter());
+        let mut add = |file, identity| {
+            layers.extend(formats.next().map(|format| Layer { file, identity, format }));
+        };
+        add(opened.file, opened.identity);
+        let mut failed = None;
+        for prepared in chain.parents {
+            match self.install(&image.path, prepared) {
+                Ok(parent) => add(parent.file, parent.identity),
+                Err(error) => failed = Some(error),
+            }
+        }
+        if let Some(error) = failed {
+            layers.iter().for_each(|layer| self.close(layer.file));
+            return Err(error);
+        }
+        if let Some(leaf) = layers.first() {
+            opened.size_bytes = leaf.format.geometry().sectors * formats::SECTOR_BYTES;
+            let granularity_bytes = u32::try_from(leaf.format.unit_bytes()).unwrap_or(u32::MAX);
+            opened.discard = opened.discard.map(|_| DiscardUnit { granularity_bytes, alignment_bytes: 0 });
+        }
+        self.layers.push((opened.file, layers));
+        Ok(opened)
+    }
+
+    fn install(&mut self, path: &str, prepared: Prepared) -> Result<Opened, OpenError> {
+        let path = path.to_owned();
         let locked = prepared.locked;
         let Some(file) = self.files.insert(prepared) else {
             let reason = format!("{FILES_MAX} files are open already; detach disks that are not needed");
@@ -327,26 +366,28 @@ impl LinuxStorage {
 }
 
 impl Storage for LinuxStorage {
-    fn open(&mut self, token: u64, path: &str, access: Access) {
+    fn open_image(&mut self, token: u64, image: &Image, access: Access) {
         if self.openers.waiting() >= OPENS_WAITING_MAX {
             let reason = "too many files wait to be opened; does a file server not answer?";
-            return self.refuse_open(token, path.into(), reason);
+            return self.refuse_open(token, image.path.clone(), reason);
         }
-        if self.openers.give(Errand::Open { token, path: path.into(), access }).is_err() {
-            self.refuse_open(
-                token,
-                path.into(),
-                "no thread could be started to open it; is there memory left?",
-            );
+        if self.openers.give(Errand::Open { token, image: image.clone(), access }).is_err() {
+            let reason = "no thread could be started to open it; is there memory left?";
+            self.refuse_open(token, image.path.clone(), reason);
         }
+    }
+
+    fn layers(&mut self, file: FileId) -> Option<Vec<Layer>> {
+        let place = self.layers.iter().position(|(leaf, _)| *leaf == file)?;
+        Some(self.layers.swap_remove(place).1)
     }
 
     fn opened(&mut self) -> Option<(u64, Result<Opened, OpenError>)> {
         if let Some(refused) = self.refused_opens.pop_front() {
             return Some(refused);
         }
-        let (token, result, path) = self.openers.take()?;
-        Some((token, result.and_then(|prepared| self.install(path, prepared))))
+        let (token, result, image) = self.openers.take()?;
+        Some((token, result.and_then(|chain| self.install_all(image, chain))))
     }
 
     fn measure(&mut self, file: FileId) -> Option<u64> {
@@ -359,6 +400,10 @@ impl Storage for LinuxStorage {
     }
 
     fn close(&mut self, file: FileId) {
+        // Of an image that nobody went on to use, the parents go along.
+        for layer in self.layers(file).into_iter().flatten().skip(1) {
+            self.close(layer.file);
+        }
         let Some(entry) = self.files.at(file) else { return };
         entry.closing = true;
         if entry.in_flight == 0 {

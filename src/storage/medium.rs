@@ -83,6 +83,17 @@ pub(super) fn open(
     cached(fd, in_memory)
 }
 
+impl Prepared {
+    /// Looks at the size again: a repair may have cut the file.
+    pub(super) fn remeasure(&mut self, path: &str) -> Result<(), OpenError> {
+        let size = size(path, &self.fd)?;
+        if size != self.shape.size {
+            self.shape = self.shape.resized(size, self.tail.is_some());
+        }
+        Ok(())
+    }
+}
+
 struct Opening<'a> {
     roots: &'a Roots,
     image: &'a Image,

@@ -131,7 +131,7 @@ impl Backend {
             for at in 0..backend.vbds.len() {
                 let vbd = backend.vbds[at].clone();
                 let pump = backend.pump.as_mut().unwrap();
-                let file = pump.storage.open_image(vbd.image);
+                let file = pump.storage.open_number(vbd.image);
                 // What lies on no device of limited speed has one for itself.
                 let device = shared.media.borrow().device_of.get(&vbd.image).copied();
                 let device = device.unwrap_or(1000 + vbd.image) as u64;
@@ -220,6 +220,10 @@ impl Backend {
                     self.synced.push((*disk, *durable));
                     continue;
                 }
+                PumpEvent::Corrupt(_, corruption) => {
+                    self.shared.fail(format!("a sound image is said to be damaged: {corruption}"));
+                    continue;
+                }
             };
             let Some(line) = self.lines.iter_mut().find(|line| line.queue == Some(of)) else {
                 self.shared.fail(format!("{event:?} of a queue that is not attached"));
@@ -235,7 +239,7 @@ impl Backend {
                 }
                 PumpEvent::Misbehaved(..) => line.misdeeds += 1,
                 PumpEvent::StorageFailed(..) => line.storage_failures += 1,
-                PumpEvent::Synced(..) => {}
+                PumpEvent::Synced(..) | PumpEvent::Corrupt(..) => {}
             }
         }
     }

@@ -16,6 +16,7 @@
 )]
 
 pub mod backend;
+pub mod chains;
 pub mod clock;
 pub mod device;
 pub mod guest;

@@ -8,10 +8,12 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
 
 use vbdd::buffers::{Pool, Span};
+use vbdd::params::{Format, Image};
 use vbdd::storage::{
-    Access, DiscardUnit, Done, FileId, Identity, Io, IoKind, OpenError, Opened, Storage, StorageError,
+    Access, DiscardUnit, Done, FileId, Identity, Io, IoKind, Layer, OpenError, Opened, Storage, StorageError,
 };
 
+use super::chains;
 use super::device::Device;
 use super::model::sector_bytes;
 use super::{Plant, Shared};
@@ -139,6 +141,29 @@ impl Media {
             room,
         });
         self.images.len() - 1
+    }
+
+    /// The image that goes by a path, and whether it is read-only.
+    pub fn find(&self, path: &str) -> Option<(usize, bool)> {
+        let image = self.images.iter().position(|image| image.path == path)?;
+        Some((image, self.images[image].read_only))
+    }
+
+    pub fn sectors(&self, image: usize) -> usize {
+        self.images[image].visible.len()
+    }
+
+    /// What is visible of an image.
+    pub fn bytes(&self, image: usize) -> &[u8] {
+        self.images[image].visible.as_flattened()
+    }
+
+    /// Somebody else changes an image: visible and durable at once.
+    pub fn overwrite(&mut self, image: usize, offset: usize, bytes: &[u8]) {
+        let image = &mut self.images[image];
+        for all in [&mut image.visible, &mut image.durable] {
+            all.as_flattened_mut()[offset..offset + bytes.len()].copy_from_slice(bytes);
+        }
     }
 
     /// True for an address in an image's own memory.
@@ -350,6 +375,7 @@ pub struct SimStorage {
     pool: Pool,
     files: Vec<Option<usize>>,
     opened: VecDeque<(u64, Result<Opened, OpenError>)>,
+    layers: Vec<(FileId, Vec<Layer>)>,
 }
 
 impl SimStorage {
@@ -359,6 +385,7 @@ impl SimStorage {
             pool: Pool::new(pool_bytes).unwrap(),
             files: Vec::new(),
             opened: VecDeque::new(),
+            layers: Vec::new(),
         }
     }
 
@@ -389,9 +416,46 @@ impl SimStorage {
     }
 
     /// Opens an image by its number, without the detour over paths.
-    pub fn open_image(&mut self, image: usize) -> FileId {
+    pub fn open_number(&mut self, image: usize) -> FileId {
         self.files.push(Some(image));
         FileId(self.files.len() as u32 - 1)
+    }
+
+    fn open_raw(&mut self, path: &str, access: Access) -> Result<Opened, OpenError> {
+        let found = self.shared.media.borrow().find(path);
+        let refuse = |reason: &str| OpenError { path: path.to_owned(), reason: reason.to_owned() };
+        let (image, read_only) = found.ok_or_else(|| refuse("does not exist"))?;
+        if read_only && access == Access::ReadWrite {
+            return Err(refuse("is read-only"));
+        }
+        let size_bytes = (self.shared.media.borrow().sectors(image) * SECTOR) as u64;
+        Ok(Opened {
+            file: self.open_number(image),
+            identity: Identity::File { device: 1, inode: image as u64 },
+            size_bytes,
+            physical_block_bytes: 512,
+            direct: true,
+            discard: (!read_only).then_some(UNIT),
+            locked: true,
+        })
+    }
+
+    fn open_layers(&mut self, image: &Image, access: Access) -> Result<Opened, OpenError> {
+        let shared = self.shared.clone();
+        let layers = chains::open(&shared, image, access, |number| self.open_number(number))?;
+        let leaf = &layers[0];
+        let granularity_bytes = leaf.format.unit_bytes() as u32;
+        let opened = Opened {
+            file: leaf.file,
+            identity: leaf.identity,
+            size_bytes: leaf.format.geometry().sectors * SECTOR as u64,
+            physical_block_bytes: 512,
+            direct: true,
+            discard: Some(DiscardUnit { granularity_bytes, alignment_bytes: 0 }),
+            locked: true,
+        };
+        self.layers.push((opened.file, layers));
+        Ok(opened)
     }
 
     /// Ends a transfer: applies it and says how it went.
@@ -477,30 +541,20 @@ impl SimStorage {
 }
 
 impl Storage for SimStorage {
-    fn open(&mut self, token: u64, path: &str, access: Access) {
+    fn open_image(&mut self, token: u64, image: &Image, access: Access) {
         self.shared.point("open", token, 0);
-        let mut media = self.shared.media.borrow_mut();
-        let path = path.replace("//", "/");
-        let found = media.images.iter_mut().position(|image| image.path == path);
-        let answer = match found {
-            Some(image) if media.images[image].read_only && access == Access::ReadWrite => {
-                Err(OpenError { path, reason: "is read-only".to_owned() })
-            }
-            Some(image) => {
-                self.files.push(Some(image));
-                Ok(Opened {
-                    file: FileId(self.files.len() as u32 - 1),
-                    identity: Identity::File { device: 1, inode: image as u64 },
-                    size_bytes: (media.images[image].visible.len() * SECTOR) as u64,
-                    physical_block_bytes: 512,
-                    direct: true,
-                    discard: (!media.images[image].read_only).then_some(UNIT),
-                    locked: true,
-                })
-            }
-            None => Err(OpenError { path, reason: "does not exist".to_owned() }),
+        let image = Image { path: image.path.replace("//", "/"), ..image.clone() };
+        let answer = if image.format == Format::Raw {
+            self.open_raw(&image.path, access)
+        } else {
+            self.open_layers(&image, access)
         };
         self.opened.push_back((token, answer));
+    }
+
+    fn layers(&mut self, file: FileId) -> Option<Vec<Layer>> {
+        let place = self.layers.iter().position(|(leaf, _)| *leaf == file)?;
+        Some(self.layers.swap_remove(place).1)
     }
 
     fn opened(&mut self) -> Option<(u64, Result<Opened, OpenError>)> {
@@ -513,6 +567,9 @@ impl Storage for SimStorage {
     }
 
     fn close(&mut self, file: FileId) {
+        for layer in self.layers(file).into_iter().flatten().skip(1) {
+            self.close(layer.file);
+        }
         self.shared.point("close", file.0.into(), 0);
         let Some(image) = self.files.get_mut(file.0 as usize).and_then(Option::take) else {
             return self.shared.fail(format!("{file:?} is closed and not open"));

@@ -1,0 +1,166 @@
+//! Opening an image with its parents: every file below the roots, the leaf as the caller wants it, parents for reading. Runs
+//! on an opener thread: everything here may block.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use formats::{Failure, Medium};
+use rustix::fs::{Advice, FallocateFlags, OFlags};
+use rustix::io::Errno;
+
+use super::linux::Alignment;
+use super::medium::{self, Prepared};
+use super::{Access, OpenError};
+use crate::chains::{self, Found, Library, Wish};
+use crate::images::{Roots, explain};
+use crate::params::{Format, Image};
+
+/// The files of an opened image.
+#[derive(Debug)]
+pub(super) struct PreparedChain {
+    /// The file that is written.
+    pub leaf: Prepared,
+    /// Of an image with a format: how to read the leaf, and the parents with theirs.
+    pub formats: Vec<Box<dyn formats::Format>>,
+    pub parents: Vec<Prepared>,
+}
+
+/// How to open.
+pub(super) struct Opener<'a> {
+    pub roots: &'a Arc<Roots>,
+    /// Of the leaf.
+    pub access: Access,
+    pub direct: bool,
+    pub least: Option<Alignment>,
+}
+
+impl Opener<'_> {
+    /// Opens an image, with its parents where its format has such.
+    pub(super) fn open(&mut self, image: &Image) -> Result<PreparedChain, OpenError> {
+        if image.format == Format::Raw {
+            let leaf = medium::open(self.roots, &image.path, self.access, self.direct, self.least)?;
+            return Ok(PreparedChain { leaf, formats: Vec::new(), parents: Vec::new() });
+        }
+        let wish = Wish { writable: self.access != Access::ReadOnly, parents: true };
+        let mut formats = Vec::new();
+        let mut files = Vec::new();
+        for link in chains::open(self, image, wish)? {
+            formats.push(link.format);
+            files.push(link.medium.finish());
+        }
+        let mut files = files.into_iter();
+        let Some(mut leaf) = files.next() else {
+            let reason = String::from("the chain of images is empty (a bug in vbdd)");
+            return Err(OpenError { path: image.path.clone(), reason });
+        };
+        leaf.remeasure(&image.path)?;
+        Ok(PreparedChain { leaf, formats, parents: files.collect() })
+    }
+}
+
+impl Library for Opener<'_> {
+    type File = Blocking;
+
+    fn open(&mut self, path: &str, writable: bool) -> Result<Found<Blocking>, OpenError> {
+        let access = if writable { self.access } else { Access::ReadOnly };
+        let prepared = medium::open(self.roots, path, access, self.direct, self.least)?;
+        let image = self.roots.locate(path)?;
+        // Not the claim of a device: the first open has it, and it excludes us too.
+        let access = if writable { Access::ReadWriteShared } else { Access::ReadOnly };
+        let cached = self.roots.open(&image, access, OFlags::empty());
+        let fd = cached.map_err(|errno| explain(path, errno, Some(access)))?;
+        let identity = prepared.identity;
+        if image.identity != identity {
+            return Err(explain(path, Errno::STALE, None));
+        }
+        let grows = !image.is_device();
+        Ok(Found { medium: Blocking { prepared, fd, grows }, identity, grows })
+    }
+}
+
+/// A file that answers at once, through the page cache: metadata have any alignment.
+#[derive(Debug)]
+pub(super) struct Blocking {
+    prepared: Prepared,
+    fd: OwnedFd,
+    grows: bool,
+}
+
+impl Blocking {
+    /// Keeps what transfers are done with. What the page cache holds is of no use to them.
+    fn finish(self) -> Prepared {
+        let _ = rustix::fs::fadvise(&self.fd, 0, None, Advice::DontNeed);
+        self.prepared
+    }
+}
+
+fn failure(errno: Errno) -> Failure {
+    match errno {
+        Errno::NOSPC | Errno::DQUOT => Failure::NoSpace,
+        other => Failure::Io(other.raw_os_error()),
+    }
+}
+
+impl Medium for Blocking {
+    fn length_bytes(&mut self) -> u64 {
+        medium::size_now(&self.fd).unwrap_or(0)
+    }
+
+    fn read(&mut self, offset_bytes: u64, bytes: &mut [u8]) -> Result<(), Failure> {
+        let mut at = 0;
+        while let Some(rest) = bytes.get_mut(at..).filter(|rest| !rest.is_empty()) {
+            let offset = offset_bytes.saturating_add(at as u64);
+            match rustix::io::pread(&self.fd, &mut *rest, offset) {
+                Ok(0) => {
+                    rest.fill(0);
+                    return Ok(());
+                }
+                Ok(moved) => at += moved,
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(failure(errno)),
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, offset_bytes: u64, bytes: &[u8]) -> Result<(), Failure> {
+        let mut at = 0;
+        while let Some(rest) = bytes.get(at..).filter(|rest| !rest.is_empty()) {
+            let offset = offset_bytes.saturating_add(at as u64);
+            match rustix::io::pwrite(&self.fd, rest, offset) {
+                Ok(0) => return Err(Failure::Io(libc::EIO)),
+                Ok(moved) => at += moved,
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(failure(errno)),
+            }
+        }
+        Ok(())
+    }
+
+    fn zero(&mut self, offset_bytes: u64, length_bytes: u64) -> Result<(), Failure> {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        if self.grows && rustix::fs::fallocate(&self.fd, flags, offset_bytes, length_bytes).is_ok() {
+            return Ok(());
+        }
+        let zeroes = [0; 4096];
+        let mut at = 0;
+        while at < length_bytes {
+            let part = (length_bytes - at).min(zeroes.len() as u64);
+            let part = usize::try_from(part).unwrap_or(zeroes.len());
+            self.write(offset_bytes + at, zeroes.get(..part).unwrap_or(&zeroes))?;
+            at += part as u64;
+        }
+        Ok(())
+    }
+
+    fn set_length(&mut self, length_bytes: u64) -> Result<(), Failure> {
+        if self.grows {
+            return rustix::fs::ftruncate(&self.fd, length_bytes).map_err(failure);
+        }
+        if length_bytes <= self.length_bytes() { Ok(()) } else { Err(Failure::NoSpace) }
+    }
+
+    fn sync(&mut self) -> Result<(), Failure> {
+        rustix::fs::fdatasync(&self.fd).map_err(failure)
+    }
+}
