@@ -1,5 +1,6 @@
 //! The command line.
 
+pub mod nbd;
 pub mod serve;
 
 use std::ffi::OsString;
@@ -15,6 +16,7 @@ Usage: vbdd COMMAND [OPTIONS]
 
 Commands:
   serve     serve every disk that appears in xenstore, until SIGTERM
+  nbd       serve one image to NBD clients
   status    show what a running vbdd serves
   resize    tell a guest that its disk's image has grown
   help      this text, or that of a command
@@ -51,6 +53,10 @@ fn command(arguments: Vec<OsString>) -> Result<(), Error> {
                 Some(options) => crate::daemon::serve(&options),
                 None => print(serve::HELP),
             },
+            Some("nbd") => match nbd::parse(&mut parser)? {
+                Some(options) => crate::nbd::process::run(&options),
+                None => print(nbd::HELP),
+            },
             Some("status") => crate::control::client::status(&mut parser),
             Some("resize") => crate::control::client::resize(&mut parser),
             Some("help") => help_of(&mut parser),
@@ -64,6 +70,7 @@ fn help_of(parser: &mut lexopt::Parser) -> Result<(), Error> {
     use lexopt::prelude::Value;
     match parser.next().map_err(|error| usage(&error))? {
         Some(Value(name)) if name == "serve" => print(serve::HELP),
+        Some(Value(name)) if name == "nbd" => print(nbd::HELP),
         Some(Value(name)) if name == "status" => print(crate::control::client::HELP),
         Some(Value(name)) if name == "resize" => print(crate::control::client::RESIZE_HELP),
         _ => print(HELP),

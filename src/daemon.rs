@@ -1,18 +1,18 @@
 //! `vbdd serve`: the process around the backend. Opens what the machine offers, waits, and feeds the backend.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 use log::{info, warn};
-use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec};
 
 use crate::backend::{Backend, Measured, Options, disks_that_fit};
 use crate::cli::serve::{PlaceOption, ServeOptions};
+use crate::clock::{Clock, TrimTimer};
 use crate::control;
 use crate::error::Error;
 use crate::hypervisor::LinuxHypervisor;
 use crate::journal::JournalDirectory;
-use crate::limits::{DATA_MEMORY_BYTES, STOP_PATIENCE, TRIM_AFTER};
+use crate::limits::{DATA_MEMORY_BYTES, STOP_PATIENCE};
 use crate::owners;
 use crate::reactor::{Reactor, Ready};
 use crate::signals::{Signal, Signals};
@@ -28,27 +28,6 @@ const SIGNALS: usize = 3;
 const TRIM: usize = 4;
 const CONTROL: usize = 16;
 
-/// Time since the process began, a few milliseconds coarse. The exact clock is a system call in some Xen domains, and the loop
-/// looks at the time with every batch of requests.
-#[derive(Clone, Copy)]
-struct Clock(Duration);
-
-impl Clock {
-    fn start() -> Clock {
-        Clock(Clock::system())
-    }
-
-    fn now(self) -> Duration {
-        Clock::system().saturating_sub(self.0)
-    }
-
-    fn system() -> Duration {
-        let time = rustix::time::clock_gettime(rustix::time::ClockId::MonotonicCoarse);
-        let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
-        Duration::new(seconds, u32::try_from(time.tv_nsec).unwrap_or(0))
-    }
-}
-
 struct Daemon {
     clock: Clock,
     reactor: Reactor,
@@ -59,9 +38,7 @@ struct Daemon {
     control: control::Server,
     backend: Backend<LinuxHypervisor, LinuxStorage>,
     stop_by: Option<Duration>,
-    /// Fires when it may be time to give memory back; set while there is load.
-    trim_timer: OwnedFd,
-    trim_is_set: bool,
+    trim_timer: TrimTimer,
 }
 
 /// Serves until a signal ends it.
@@ -108,9 +85,7 @@ impl Daemon {
             // SAFETY: the storage keeps its descriptors open for life, and lives as long as the reactor.
             reactor.add(unsafe { BorrowedFd::borrow_raw(fd) }, STORAGE, false)?;
         }
-        let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
-        let trim_timer = rustix::time::timerfd_create(TimerfdClockId::Monotonic, flags)
-            .map_err(|errno| Error::new(format!("cannot make a timer: {errno}"), ""))?;
+        let trim_timer = TrimTimer::new()?;
         reactor.add(trim_timer.as_fd(), TRIM, false)?;
         let control = control::Server::open(&options.state_dir, CONTROL, &mut reactor)?;
         let store = xenbus::Options { path: options.xenstore.clone(), seed: seed() };
@@ -163,7 +138,6 @@ impl Daemon {
             backend,
             stop_by: None,
             trim_timer,
-            trim_is_set: false,
         }))
     }
 
@@ -188,7 +162,7 @@ impl Daemon {
             }
             // io_uring may have ended the wait without making its descriptor readable; asking it costs no system call.
             self.backend.pump().storage.ready();
-            self.set_trim_timer();
+            self.trim_timer.set(&mut self.backend.pump().storage);
             if self.xenbus.timeout().is_some_and(|at| at <= millis(now)) {
                 self.xenbus.handle_time(millis(now));
             }
@@ -207,32 +181,9 @@ impl Daemon {
                 }
             }
             STORAGE => {}
-            TRIM => self.trim(),
+            TRIM => self.trim_timer.fired(self.backend.pump()),
             SIGNALS => self.take_signals(now),
             _ => self.control.ready(ready, now, &mut self.reactor),
-        }
-    }
-
-    /// Has the memory of a load looked at later. A timer of its own, and no timeout of the wait: that would be set and
-    /// cancelled with every batch of requests.
-    fn set_trim_timer(&mut self) {
-        if self.trim_is_set || !self.backend.pump().storage.was_busy() {
-            return;
-        }
-        let seconds = i64::try_from(TRIM_AFTER.as_secs()).unwrap_or(i64::MAX);
-        let it_value = Timespec { tv_sec: seconds, tv_nsec: 0 };
-        let once = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value };
-        let set = rustix::time::timerfd_settime(&self.trim_timer, TimerfdTimerFlags::empty(), &once);
-        self.trim_is_set = set.is_ok();
-    }
-
-    /// Gives the memory of past load back to the system, once, when there has been none for a while.
-    fn trim(&mut self) {
-        let _ = rustix::io::read(&self.trim_timer, &mut [0_u8; 8]);
-        self.trim_is_set = false;
-        self.set_trim_timer();
-        if !self.trim_is_set {
-            self.backend.pump().trim();
         }
     }
 
@@ -377,7 +328,7 @@ fn wait_for_domain(
 
 /// Takes as many descriptors as may be had: each image takes one or two, and the usual soft limit is 1024 for programs that
 /// call `select`.
-fn raise_descriptor_limit() {
+pub(crate) fn raise_descriptor_limit() {
     let mut limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
     limit.current = limit.maximum;
     if let Err(errno) = rustix::process::setrlimit(rustix::process::Resource::Nofile, limit) {

@@ -4,8 +4,10 @@
 //! simulated world in `tests/`. Nothing above this seam knows which of them it talks to.
 
 mod linux;
+mod none;
 
 pub use linux::LinuxHypervisor;
+pub use none::NoGuests;
 
 use crate::buffers::Span;
 

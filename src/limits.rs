@@ -152,5 +152,50 @@ pub const CONTROL_LINE_BYTES_MAX: usize = 1024;
 /// How long the control door does not listen after it could not take a client.
 pub const CONTROL_REST: Duration = Duration::from_secs(1);
 
+/// Clients of the NBD server at once. Each has 64 KiB of input ([`NBD_INPUT_BYTES`]), 96 bytes of books for each of 128 requests, and
+/// headers that are not sent: [`NBD_UNSENT_BYTES_MAX`] and at most 450 bytes for each request, 120 KiB. 64 of them: 13 MiB at most,
+/// and next to nothing while they ask for little.
+pub const NBD_CLIENTS_MAX: usize = 64;
+
+/// Input of one client that is read at a time, in bytes: 32 requests of 4 KiB in two or three calls; and the longest message but the data
+/// of a write, which go straight where they belong.
+pub const NBD_INPUT_BYTES: usize = 64 << 10;
+
+/// Requests of one client from their header to the end of their reply; the next one waits in the socket.
+pub const NBD_REQUESTS_MAX: usize = 128;
+
+/// The longest read or write of a client, in bytes; clients are told. One piece of memory.
+pub const NBD_REQUEST_BYTES_MAX: u32 = 1 << 20;
+
+/// Memory for the data of all clients, in bytes: a quarter of [`DATA_MEMORY_BYTES`]. A client leaves at least as much free as it
+/// holds: one alone has 8 MiB at most; when `k` clients do not take their replies, 16 MiB / (k + 1) stay for the others, until
+/// [`NBD_MESSAGE_AGE`] ends.
+pub const NBD_MEMORY_BYTES: u64 = 16 << 20;
+
+/// Bytes of unsent headers above which no more is taken from a client.
+pub const NBD_UNSENT_BYTES_MAX: usize = 64 << 10;
+
+/// The longest option that is read, in bytes: a name of 4 KiB and a hundred queries.
+pub const NBD_OPTION_BYTES_MAX: usize = 16 << 10;
+
+/// Options of one handshake. The longest answer is the list of [`DEVICES_MAX`] exports, some 100 KB.
+pub const NBD_OPTIONS_MAX: u32 = 256;
+
+/// How long a handshake may take.
+pub const NBD_HANDSHAKE_AGE: Duration = Duration::from_secs(10);
+
+/// How long a client may take to send the rest of a message, or to take a piece of a reply: 1 MiB at 35 KB/s. Between messages it may
+/// be silent for ever.
+pub const NBD_MESSAGE_AGE: Duration = Duration::from_secs(30);
+
+/// Clients that are accepted before those there are have their turn.
+pub const NBD_ACCEPTS_PER_TURN: usize = 8;
+
+/// How long the NBD server does not listen after it could not take a client, and how soon a request is tried again that found
+/// no memory although no client holds any.
+pub const NBD_REST: Duration = Duration::from_secs(1);
+/// See [`NBD_REST`].
+pub const NBD_RETRY: Duration = Duration::from_millis(10);
+
 /// How long after the last request the buffers' memory goes back to the system.
 pub const TRIM_AFTER: Duration = Duration::from_secs(5);

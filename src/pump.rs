@@ -36,7 +36,7 @@ pub struct QueueId(u32);
 
 /// Names a disk of the pump.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct DiskId(u32);
+pub struct DiskId(pub u32);
 
 /// What the pump tells its owner.
 #[derive(Clone, Debug, PartialEq, Eq)]

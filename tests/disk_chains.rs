@@ -223,7 +223,7 @@ fn end(bench: &mut Bench, shadow: &mut Shadow, flights: &mut HashMap<u64, Flight
         Op::Read => shadow.read(extent, bench.pump.storage.buffers().bytes(span)),
         Op::WriteZeroes => shadow.wrote(extent, |_| [0; SECTOR]),
         Op::Discard => (extent.sector..extent.end()).for_each(|sector| shadow.loose[sector as usize] = true),
-        Op::Write | Op::Flush => {}
+        Op::Write | Op::Flush | Op::Status => {}
     }
     if span != Span::EMPTY {
         assert!(bench.pump.storage.buffers().free(span));

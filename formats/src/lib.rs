@@ -22,7 +22,8 @@ pub mod qcow2;
 pub mod raw;
 pub mod vhd;
 
-pub use disk::{Disk, Limits, Op, Outcome, Payload, Request, Work, WorkId, WorkKind};
+pub use disk::status::{STATUS_BYTES, StatusRun};
+pub use disk::{Disk, InPlace, Limits, Op, Outcome, Payload, Request, Work, WorkId, WorkKind};
 pub use error::{Corruption, Failure, Unsupported};
 pub use format::{Context, Facts, Format, Order, PageAt, Payout, Prepared, Step, Wait, Zeroed};
 pub use ledger::{Ledger, Stamp, Tick};

@@ -13,7 +13,7 @@ use super::{DiskId, DiskPlan, Pump, PumpEvent, Token};
 use crate::buffers::Span;
 use crate::hypervisor::Hypervisor;
 use crate::limits::{METADATA_CACHE_BYTES, WRITE_BACK_INTERVAL};
-use crate::storage::{FileId, Layer, Storage, StorageError};
+use crate::storage::{FileId, IoKind, Layer, Storage, StorageError};
 
 /// An open chain of images, leaf first.
 #[derive(Debug)]
@@ -23,6 +23,8 @@ pub(super) struct Chain {
     pub(super) files: Vec<FileId>,
     /// Requests that the disk had no room for, in line.
     waiting: VecDeque<Request>,
+    /// Its leaf lies in memory.
+    in_memory: bool,
     /// Work that is out.
     pub(super) out: u32,
     /// Something was changed since metadata were last written without need.
@@ -80,6 +82,27 @@ impl Chains {
     pub(super) fn both(&mut self, disk: u32) -> Option<(&mut Chain, &mut Pages)> {
         let chain = self.open.get_mut(disk as usize)?.as_deref_mut()?;
         Some((chain, &mut self.pages))
+    }
+
+    /// Where all of a request's bytes lie in a file that may be in memory, and what is to be told when they are moved.
+    pub(super) fn begin_in_place(
+        &mut self,
+        disk: u32,
+        kind: IoKind,
+        extent: Extent,
+    ) -> Option<(FileId, u64, formats::WorkId)> {
+        let op = if kind == IoKind::Read { Op::Read } else { Op::Write };
+        let (chain, pages) =
+            self.both(disk).filter(|(chain, _)| chain.in_memory && chain.waiting.is_empty())?;
+        let found = chain.disk.begin_in_place(pages, op, extent)?;
+        let file = chain.files.get(found.image as usize).copied().unwrap_or(FileId::NONE);
+        Some((file, found.offset_bytes, found.id))
+    }
+
+    pub(super) fn end_in_place(&mut self, disk: u32, id: formats::WorkId) {
+        let Some((chain, pages)) = self.both(disk) else { return };
+        chain.disk.done(pages, id, Ok(()), &[]);
+        self.touch(disk);
     }
 
     /// Copies a part of what a piece of work is to write.
@@ -158,6 +181,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             disk: formats::Disk::new(disk.0, images, plan.read_only, Limits::default()),
             files,
             waiting: VecDeque::new(),
+            in_memory: self.storage.takes_pages(plan.file),
             out: 0,
             changed: false,
             closing: Closing::No,
@@ -204,7 +228,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         if !chain.waiting.is_empty() || !chain.disk.submit(pages, request) {
             chain.waiting.push_back(request);
         }
-        if !matches!(op, Op::Read | Op::Flush) {
+        if op.changes() {
             chain.changed = true;
             self.chains.write_back_at.get_or_insert(now + WRITE_BACK_INTERVAL);
         }

@@ -314,7 +314,8 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             return false;
         }
         let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return false };
-        let Some(disk) = self.disks.get(queue.disk as usize).and_then(Option::as_ref) else { return false };
+        let queue_disk = queue.disk;
+        let Some(disk) = self.disks.get(queue_disk as usize).and_then(Option::as_ref) else { return false };
         let Some(one) = queue.in_flight(place) else { return false };
         let length = one.request.length_bytes();
         if length == 0 {
@@ -326,8 +327,21 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             // More than the data has to be done in order.
             _ => return false,
         };
-        let Some(offset_bytes) = disk.offset_of(extent_of(&one.request)) else { return false };
-        let Some(span) = self.storage.direct(disk.file, kind, offset_bytes, length) else { return false };
+        let extent = extent_of(&one.request);
+        let (file, offset_bytes, in_place) = match disk.offset_of(extent) {
+            Some(offset_bytes) => (disk.file, offset_bytes, None),
+            None => match self.chains.begin_in_place(queue_disk, kind, extent) {
+                Some((file, offset_bytes, id)) => (file, offset_bytes, Some(id)),
+                None => return false,
+            },
+        };
+        let Some(span) = self.storage.direct(file, kind, offset_bytes, length) else {
+            if let Some(id) = in_place {
+                self.chains.end_in_place(queue_disk, id);
+            }
+            return false;
+        };
+        one.in_place = in_place;
         // The file's pages are no memory of the pool's: they are not counted, and given back by nobody. What the request has
         // of the pool it keeps, should this way fail.
         one.held.aside = std::mem::replace(&mut one.held.first, span);
@@ -338,9 +352,11 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
 
     /// A request's copies are over. True if they were to or from the file itself, whose pages it then has no more.
     pub(super) fn end_direct(&mut self, id: u32, place: u16) -> bool {
-        let Some(one) = self.queue(id).and_then(|queue| queue.in_flight(place)) else { return false };
-        if one.stage != Stage::Direct {
-            return false;
+        let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return false };
+        let disk = queue.disk;
+        let Some(one) = queue.in_flight(place).filter(|one| one.stage == Stage::Direct) else { return false };
+        if let Some(id) = one.in_place.take() {
+            self.chains.end_in_place(disk, id);
         }
         one.held.first = std::mem::replace(&mut one.held.aside, Span::EMPTY);
         one.stage = Stage::Storage;

@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 
-use formats::{Extent, Op};
+use formats::{Extent, Op, StatusRun};
 
 use super::memory::PIECE_BYTES;
 use super::{DiskId, Pump, Token};
@@ -22,7 +22,8 @@ pub struct Outside {
     pub op: Op,
     /// Where, in sectors; it lies on the disk. Means nothing to a flush.
     pub extent: Extent,
-    /// Its memory, of [`Storage::buffers`], as long as the extent; empty for what moves no data.
+    /// Its memory, of [`Storage::buffers`]: as long as the extent, [`formats::STATUS_BYTES`] for a status, and empty for what
+    /// moves no data.
     pub span: Span,
 }
 
@@ -71,7 +72,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         let Some(open) = self.disks.get_mut(disk.0 as usize).and_then(Option::as_mut) else {
             return self.outside_done(place, Err(StorageError::Os(libc::ENODEV)));
         };
-        if open.read_only && !matches!(request.op, Op::Read | Op::Flush) {
+        if open.read_only && request.op.changes() {
             return self.outside_done(place, Err(StorageError::Os(libc::EROFS)));
         }
         if request.op == Op::Flush {
@@ -91,6 +92,9 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         let Some(offset_bytes) = open.offset_of(request.extent) else {
             return self.outside_done(place, Err(StorageError::PastEnd));
         };
+        if request.op == Op::Status {
+            return self.tell_status(place, request);
+        }
         let token = Token::Outside(place).encode();
         let length_bytes = request.extent.sectors.saturating_mul(formats::SECTOR_BYTES);
         let plain = match request.op {
@@ -115,6 +119,22 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         if at == 0 {
             self.outside_done(place, Err(StorageError::Os(libc::EINVAL)));
         }
+    }
+
+    /// Of a raw disk nobody knows where it has holes: all of it counts as data.
+    fn tell_status(&mut self, place: u32, request: Outside) {
+        let all = StatusRun { sectors: request.extent.sectors, zero: false };
+        let pool = self.storage.buffers();
+        let first = all.to_bytes();
+        pool.fill_zero(request.span);
+        let told = match pool.bytes_mut(request.span).get_mut(..first.len()) {
+            Some(run) => {
+                run.copy_from_slice(&first);
+                Ok(())
+            }
+            None => Err(StorageError::Os(libc::EINVAL)),
+        };
+        self.outside_done(place, told);
     }
 
     fn outside_transfers(&mut self, place: u32, transfers: u32) {

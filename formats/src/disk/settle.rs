@@ -1,7 +1,7 @@
 //! Where things end, and those who waited try again: work that is done, pages, flushes, closing.
 
 use super::flight::Flight;
-use super::{Actor, Disk, Op, Outcome, Payload, Work, WorkId, WorkKind};
+use super::{Actor, Disk, Outcome, Payload, Work, WorkId, WorkKind};
 use crate::error::Failure;
 use crate::format::{OrderKind, Step, Wait};
 use crate::ledger::{Next, Stamp, Tick};
@@ -40,7 +40,8 @@ impl Disk {
                     self.work_failed(pages, Failure::SyncFailed);
                 }
             }
-            Flight::Guest(at) => self.part_ended(at, result),
+            Flight::InPlace(at) => self.in_place_ended(at),
+            Flight::Guest(at) | Flight::StatusOut(at) => self.part_ended(at, result),
             Flight::Payment(at) => self.payment_part(pages, at, result),
             Flight::FillIn { payment, bounce, to_bytes } => {
                 self.fill_read(pages, payment, bounce, to_bytes, result.map(|()| bytes));
@@ -270,7 +271,7 @@ impl Disk {
         for _ in 0..self.busy.len() {
             let Some(actor) = self.busy.pop_front() else { return };
             let reads = match actor {
-                Actor::Request(at) => self.active(at).is_some_and(|active| active.request.op == Op::Read),
+                Actor::Request(at) => self.active(at).is_some_and(|active| !active.request.op.changes()),
                 _ => false,
             };
             if reads {

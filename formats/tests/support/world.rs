@@ -84,6 +84,8 @@ pub struct World {
     pub reads_checked: u64,
     pub parents: Vec<(u32, SimMedium)>,
     initial: Vec<u64>,
+    /// Sectors that status said to be nowhere.
+    pub zeroes_told: u64,
     pub crashes: u64,
 }
 
@@ -180,6 +182,7 @@ impl World {
             parents,
             initial,
             crashes: 0,
+            zeroes_told: 0,
         }
     }
 
@@ -264,6 +267,11 @@ impl World {
             self.driver.run(Op::Read, extent, vec![0xee; self.setup.sectors as usize * 512]);
         result.unwrap();
         self.check_read(extent, &memory, begun);
+        for (sector, zero) in self.driver.status().into_iter().enumerate() {
+            let bytes = &memory[sector * SECTOR..][..SECTOR];
+            assert!(!zero || bytes.iter().all(|byte| *byte == 0), "sector {sector} is said to be nowhere");
+            self.zeroes_told += u64::from(zero);
+        }
     }
 
     /// What the parents hold.
