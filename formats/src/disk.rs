@@ -205,6 +205,8 @@ pub struct Disk {
     actives: Vec<Option<Active>>,
     free_actives: Vec<u32>,
     payments: Vec<Option<Payment>>,
+    /// How many of them there are.
+    payments_out: usize,
     flights: Flights,
     out: VecDeque<Work>,
     outcomes: VecDeque<Outcome>,
@@ -253,6 +255,7 @@ impl Disk {
             actives: (0..limits.requests).map(|_| None).collect(),
             free_actives: (0..crate::bytes::narrow(limits.requests as u64)).rev().collect(),
             payments: (0..limits.payouts).map(|_| None).collect(),
+            payments_out: 0,
             flights: Flights::new(limits.work),
             out: VecDeque::with_capacity(limits.work),
             outcomes: VecDeque::with_capacity(limits.requests),
