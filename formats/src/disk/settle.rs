@@ -28,6 +28,7 @@ impl Disk {
             Flight::PageIn(page) => self.page_read(pages, page, result, bytes),
             Flight::PageOut(page) => {
                 self.shared.ledger.write_ended(pages, page, result);
+                self.stuck = result.is_err();
                 if let Err(failure) = result {
                     self.pages_failed(failure);
                 }

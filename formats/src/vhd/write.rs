@@ -244,6 +244,10 @@ impl Vhd {
     pub(super) fn close_some(&mut self, cx: &mut Context<'_>) -> Step<()> {
         loop {
             let Some(space) = self.space.as_mut().filter(|space| !space.fixed) else { return Ok(()) };
+            if self.corruption.is_some() {
+                // Not even the footer is written.
+                return if space.in_flight() { Err(Wait::Busy) } else { Ok(()) };
+            }
             match space.closing {
                 None => {
                     cx.forget(0, FOOTER_BYTES);
