@@ -46,7 +46,7 @@ pub const DATA_MEMORY_BYTES: usize = 64 << 20;
 
 /// Metadata of images in memory, all disks together, in bytes, unless asked otherwise: the L2 tables of 256 GiB at 64 KiB
 /// clusters, or their merged map. What does not fit is read again.
-pub const METADATA_CACHE_BYTES: usize = 32 << 20;
+pub const METADATA_CACHE_MIB: u32 = 32;
 
 /// Memory for metadata and copies on their way to and from images, in bytes: 64 transfers of 128 KiB, or 2 048 of a page;
 /// others wait for the first to end.

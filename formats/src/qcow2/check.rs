@@ -59,10 +59,22 @@ impl Report {
 pub enum Fix {
     /// Nothing.
     Nothing,
-    /// Leaks: what a crash leaves.
+    /// Leaks, and marks of being the only one that are missing: what a crash leaves.
     Leaks,
-    /// Refcounts that are too low, and marks of being the only one, too.
+    /// Refcounts that are too low, and marks that do not fit: what is counted too often stays.
+    Low,
+    /// All of these.
     All,
+}
+
+impl Fix {
+    fn leaks(self) -> bool {
+        matches!(self, Fix::Leaks | Fix::All)
+    }
+
+    fn low(self) -> bool {
+        matches!(self, Fix::Low | Fix::All)
+    }
 }
 
 /// Counts references to the clusters of a window.
@@ -120,18 +132,27 @@ pub fn check(medium: &mut dyn Medium, fix: Fix) -> Result<Report, Unsupported> {
     if fix == Fix::All {
         crate::qcow2::blocks::add_missing(medium, &header)?;
     }
+    let report = recount(medium, &header, fix)?;
+    if fix != Fix::Nothing {
+        unmark(medium, &header, &report)?;
+    }
+    Ok(report)
+}
+
+/// Checks refcounts and marks against what a header names, which need not be the one that the image has now.
+///
+/// # Errors
+/// What the medium says.
+pub(crate) fn recount(medium: &mut dyn Medium, header: &Header, fix: Fix) -> Result<Report, Failure> {
     let end = medium.length_bytes().div_ceil(header.shape.cluster_bytes());
     let mut report = Report { clusters: end, ..Report::default() };
     let mut from = 0;
     while from < end.max(1) {
         let length = WINDOW.min(end - from);
-        check_window(medium, &header, (from, length, end), fix, &mut report)?;
+        check_window(medium, header, (from, length, end), fix, &mut report)?;
         from += WINDOW;
     }
-    check_behind(medium, &header, end, &mut report)?;
-    if fix != Fix::Nothing {
-        unmark(medium, &header, &report)?;
-    }
+    check_behind(medium, header, end, &mut report)?;
     Ok(report)
 }
 
@@ -152,12 +173,14 @@ fn check_window(
     let structural = report.structural;
     let fix = if structural > 0 { Fix::Nothing } else { fix };
     let stored = compare(medium, header, (from, &counts), fix, report)?;
+    // What is counted too seldom is not alone, whatever its refcount says.
+    let trusted = report.corruptions == report.corruptions_repaired;
     // Marks are judged by the refcounts that are there after the repair.
     let mut marks = Marks { from, counts: stored, wrong: Vec::new() };
     Walk { medium, header, end }.all(&mut marks)?;
     for (entry_at, copied) in marks.wrong {
         report.corrupt("mark of being the only one does not fit the refcount", entry_at);
-        if fix == Fix::All {
+        if fix.low() || fix.leaks() && copied && trusted {
             let mut entry = [0; 8];
             medium.read(entry_at, &mut entry)?;
             let value = be64(&entry, 0);
@@ -216,7 +239,7 @@ fn compare(
             // A block that is something else too is not written.
             let within = (block_at >> shape.cluster_bits).checked_sub(from).map(index);
             let alone = within.and_then(|at| counts.get(at)).is_none_or(|count| *count == 1);
-            let wanted = alone && if leak { fix != Fix::Nothing } else { fix == Fix::All };
+            let wanted = alone && if leak { fix.leaks() } else { fix.low() };
             if wanted && block_at != 0 && named <= shape.refcount_max() {
                 let (at, bytes, length) =
                     refcount_bytes(&block, shape.refcount_order, cluster % per_block, named);
