@@ -399,7 +399,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
         let layers = self.pump.storage.layers(opened.file);
         let parents: Vec<Identity> = layers.iter().flatten().skip(1).map(|layer| layer.identity).collect();
         let raw = if let Some(other) = self.sharer(address, opened.identity, &parents, &request) {
-            Err(sharing::refusal(path, other))
+            Err(sharing::refusal(&request.image, other))
         } else if !opened.locked {
             Err(format!(
                 "{path} is locked: another program writes it, or the last writes of an earlier vbdd are not over; wait, or \

@@ -25,5 +25,6 @@ pub mod queue;
 pub mod reactor;
 pub mod signals;
 pub mod storage;
+pub mod tool;
 pub mod vbd;
 pub mod xenbus;

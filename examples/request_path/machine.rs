@@ -10,13 +10,13 @@ use std::rc::Rc;
 
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::mm::{MapFlags, ProtFlags};
-use vbdd::buffers::Pool;
+use vbdd::buffers::{Pool, Span};
 use vbdd::hypervisor::{
     CopyDirection, CopySegment, DomainId, GrantRef, Hypervisor, HypervisorError, Port, RingMapping,
 };
 use vbdd::params::Image;
 use vbdd::storage::linux::LinuxStorage;
-use vbdd::storage::{Access, Done, FileId, Io, Layer, OpenError, Opened, Storage};
+use vbdd::storage::{Access, Done, FileId, Io, IoKind, Layer, OpenError, Opened, Storage};
 
 use crate::measure::{Call, Clock, Stage};
 
@@ -196,13 +196,15 @@ pub(crate) struct Timed {
     pub(crate) inner: LinuxStorage,
     /// Files are in memory: each transfer is one system call, made in `queue`.
     pub(crate) in_memory: bool,
+    /// Files in memory are copied to and from without a call.
+    pub(crate) straight: bool,
     pushed: u64,
     clock: Rc<Clock>,
 }
 
 impl Timed {
     pub(crate) fn new(inner: LinuxStorage, clock: Rc<Clock>) -> Timed {
-        Timed { inner, in_memory: false, pushed: 0, clock }
+        Timed { inner, in_memory: false, straight: false, pushed: 0, clock }
     }
 }
 
@@ -225,6 +227,14 @@ impl Storage for Timed {
 
     fn buffers(&mut self) -> &mut Pool {
         self.inner.buffers()
+    }
+
+    fn direct(&mut self, file: FileId, kind: IoKind, offset_bytes: u64, length_bytes: u32) -> Option<Span> {
+        if self.straight { self.inner.direct(file, kind, offset_bytes, length_bytes) } else { None }
+    }
+
+    fn takes_pages(&mut self, file: FileId) -> bool {
+        self.straight && self.inner.takes_pages(file)
     }
 
     fn queue(&mut self, io: Io) {

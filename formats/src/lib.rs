@@ -16,6 +16,7 @@ pub mod disk;
 pub mod error;
 pub mod format;
 pub mod ledger;
+pub mod map;
 pub mod medium;
 pub mod pages;
 pub mod qcow2;

@@ -8,19 +8,20 @@ use xenstore::{Job, Outcome, Path};
 
 use super::{Backend, Device, OpenImage, Pending, Purpose, media};
 use crate::hypervisor::{DomainId, Hypervisor};
-use crate::params::Format;
+use crate::params::{Format, Image};
 use crate::pump::DiskId;
 use crate::storage::{Access, Identity, Storage};
 use crate::vbd::{self, Address, OpenRequest};
 use crate::xenbus::Session;
 
 /// Why a disk is not opened.
-pub(super) fn refusal(path: &str, other: Address) -> String {
-    format!(
-        "{path} is in use by guest {} as device {}, and not both read-only; detach it there, or use mode w! if the guests \
-         know how to share it",
-        other.frontend, other.devid
-    )
+pub(super) fn refusal(image: &Image, other: Address) -> String {
+    let way_out = match image.format {
+        Format::Raw => "detach it there, or use mode w! if the guests know how to share it",
+        _ => "detach it there, or give each guest an overlay of its own",
+    };
+    let (guest, device) = (other.frontend, other.devid);
+    format!("{} is in use by guest {guest} as device {device}, and not both read-only; {way_out}", image.path)
 }
 
 /// Whether `request` does not go together with what `other` has open. It asks for itself alone if it writes: another user's
@@ -110,7 +111,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
         let Some(device) = self.devices.get_mut(&address) else { return };
         let Some(request) = device.opening.take() else { return };
         if !kin {
-            let text = refusal(&request.image.path, other);
+            let text = refusal(&request.image, other);
             self.pending.push_back((address, Pending::Step(vbd::Event::Opened(Err(text)))));
             return;
         }
@@ -136,7 +137,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
             }
             Ok(geometry)
         } else {
-            Err(refusal(&request.image.path, other))
+            Err(refusal(&request.image, other))
         };
         self.pending.push_back((address, Pending::Step(vbd::Event::Opened(event))));
     }

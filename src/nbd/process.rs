@@ -157,7 +157,7 @@ impl Process {
                     }
                 }
             }
-            _ => self.server.ready(ready, &mut self.reactor),
+            _ => self.server.ready(ready),
         }
     }
 

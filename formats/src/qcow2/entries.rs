@@ -122,12 +122,17 @@ impl Qcow2 {
             return Ok(Run { place: Place::Parent, sectors: sectors.min(extent.sectors) });
         }
         let at = self.l2_at(cx, l1, guest)?;
-        let first = self.cluster(cx, at, 0)?;
+        Ok(self.run_at(cx, at, &self.cluster(cx, at, 0)?, extent))
+    }
+
+    /// The run that an extent begins with, whose first entry is at hand: `first` is what that says.
+    pub(super) fn run_at(&self, cx: &Context<'_>, at: At, first: &Cluster, extent: Extent) -> Run {
+        let guest = bytes_of(extent.sector);
         let within = guest % self.shape.cluster_bytes();
-        let (place, end) = self.place_in(&first, within);
+        let (place, end) = self.place_in(first, within);
         if let Place::Compressed { .. } = place {
             let sectors = (end - within) / SECTOR_BYTES;
-            return Ok(Run { place, sectors: sectors.min(extent.sectors) });
+            return Run { place, sectors: sectors.min(extent.sectors) };
         }
         let wanted = bytes_of(extent.sectors);
         let (mut length, mut further) = (end - within, 0);
@@ -147,7 +152,7 @@ impl Qcow2 {
             }
             length += other_end - begins;
         }
-        Ok(Run { place, sectors: (length / SECTOR_BYTES).min(extent.sectors) })
+        Run { place, sectors: (length / SECTOR_BYTES).min(extent.sectors) }
     }
 
     /// The place of a byte of a cluster, and the byte of the cluster where its run of subclusters ends.

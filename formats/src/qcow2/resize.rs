@@ -7,6 +7,7 @@ use crate::error::{Failure, Unsupported};
 use crate::medium::Medium;
 use crate::qcow2::check::{Fix, check, write_bytes};
 use crate::qcow2::header::{CORRUPT, DIRTY, Header, field};
+use crate::qcow2::marks::mark_bitmaps;
 use crate::qcow2::shape::{COPIED, OFFSET, refcount, refcount_bytes};
 
 /// Makes an image longer. What is new reads as what the parent holds there, if the parent is longer than the image was: the caller
@@ -28,12 +29,53 @@ pub fn grow(medium: &mut dyn Medium, size_bytes: u64) -> Result<(), Unsupported>
     if size_bytes < header.size_bytes {
         return Err(Unsupported::Refused("it would become smaller, which is not supported"));
     }
+    if let Some(bitmaps) = header.bitmaps.filter(|_| size_bytes > header.size_bytes) {
+        // They are as long as the disk was, and not to be trusted from now on.
+        let mut directory = alloc::vec![0; index(bitmaps.directory_bytes.next_multiple_of(512))];
+        medium.read(bitmaps.directory_offset, &mut directory)?;
+        mark_bitmaps(&mut directory, bitmaps)?;
+        medium.write(bitmaps.directory_offset, &directory)?;
+    }
     let entries = size_bytes.div_ceil(header.shape.l2_covers_bytes());
     if entries > u64::from(header.l1_entries) {
         if entries * 8 > 32 << 20 {
             return Err(Unsupported::Refused("its L1 table would be too long: use larger clusters"));
         }
         grow_l1(medium, &header, entries)?;
+    }
+    write_bytes(medium, field::SIZE as u64, &size_bytes.to_be_bytes())?;
+    medium.sync()?;
+    Ok(())
+}
+
+/// Why an image cannot be made shorter, if it cannot.
+///
+/// # Errors
+/// What is wrong with it, or what the medium says.
+pub fn may_shrink(medium: &mut dyn Medium) -> Result<Option<&'static str>, Unsupported> {
+    let header = Header::read(medium)?;
+    Ok(match &header {
+        header if header.incompatible & (DIRTY | CORRUPT) != 0 => {
+            Some("it was not closed, or is marked as corrupt: repair it first")
+        }
+        header if header.snapshots > 0 => {
+            Some("it has internal snapshots, which are longer: delete them first")
+        }
+        header if header.bitmaps.is_some() => {
+            Some("it has persistent bitmaps, which are longer: remove them first")
+        }
+        _ => None,
+    })
+}
+
+/// Makes an image shorter that [`may_shrink`]. What lies behind the new end was discarded by the caller, through a [`crate::Disk`].
+///
+/// # Errors
+/// [`Unsupported::Refused`] for a size that is not smaller; what the medium says.
+pub fn shrink(medium: &mut dyn Medium, size_bytes: u64) -> Result<(), Unsupported> {
+    let header = Header::read(medium)?;
+    if !size_bytes.is_multiple_of(512) || size_bytes > header.size_bytes {
+        return Err(Unsupported::Refused("a smaller size is a multiple of 512"));
     }
     write_bytes(medium, field::SIZE as u64, &size_bytes.to_be_bytes())?;
     medium.sync()?;
@@ -83,7 +125,7 @@ fn zero_part(medium: &mut dyn Medium, mut at: u64, mut length: u64) -> Result<()
 }
 
 /// Clusters in a row behind the end of the file that existing blocks count, or for which blocks can be made.
-fn find_free(medium: &mut dyn Medium, header: &Header, count: u64) -> Result<u64, Unsupported> {
+pub(super) fn find_free(medium: &mut dyn Medium, header: &Header, count: u64) -> Result<u64, Unsupported> {
     let shape = header.shape;
     let per_block = shape.refcounts_per_block();
     let cluster = shape.cluster_bytes();
@@ -116,7 +158,7 @@ fn find_free(medium: &mut dyn Medium, header: &Header, count: u64) -> Result<u64
     }
 }
 
-fn set_counts(
+pub(super) fn set_counts(
     medium: &mut dyn Medium,
     header: &Header,
     first: u64,
