@@ -31,7 +31,7 @@ impl World {
     fn new() -> World {
         let mut server = Server::new(0);
         server.add_export(export(false));
-        let (disks, reactor) = (Memory::new(), Reactor::new().unwrap());
+        let (disks, reactor) = (Memory::new(64 << 20), Reactor::new().unwrap());
         let mut world = World { server, disks, reactor, now: Duration::from_secs(1) };
         world.turn(0);
         world
