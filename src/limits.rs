@@ -205,5 +205,15 @@ pub const NBD_REST: Duration = Duration::from_secs(1);
 /// See [`NBD_REST`].
 pub const NBD_RETRY: Duration = Duration::from_millis(10);
 
+/// Memory for writes that NBD servers have answered and that no flush has covered: 64 MiB for all images, and for each of
+/// them between 2 MiB (twice the longest write) and 16 MiB.
+pub const NBD_UNFLUSHED_BYTES: u64 = 64 << 20;
+/// See [`NBD_UNFLUSHED_BYTES`].
+pub const NBD_UNFLUSHED_IMAGE_BYTES: (u64, u64) = (2 << 20, 16 << 20);
+
+/// How long requests wait for an NBD server that does not answer before they fail, if the operator says nothing else: long
+/// enough for a host to start anew, and not for ever, so that the disk of a guest that is gone can be let go of.
+pub const NBD_PATIENCE: Duration = Duration::from_secs(300);
+
 /// How long after the last request the buffers' memory goes back to the system.
 pub const TRIM_AFTER: Duration = Duration::from_secs(5);

@@ -213,6 +213,12 @@ impl<M: Copy> Session<M> {
         self.pending
     }
 
+    /// Whether nothing is asked of the server at present.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.in_flight == 0
+    }
+
     /// Memory taken by writes that no flush has covered yet, in bytes.
     #[must_use]
     pub fn unflushed_bytes(&self) -> u64 {
