@@ -6,7 +6,7 @@ mod image_support;
 
 use std::time::Duration;
 
-use image_support::{MIB, Rng, Scratch, field, same};
+use image_support::{MIB, Rng, Scratch, field, same, vhd_chain};
 
 /// Format, qemu's name of it, settings.
 const FORMATS: [(&str, &str, &str); 10] = [
@@ -100,6 +100,7 @@ fn chains_compressed_images_and_snapshots_are_read() {
         same_or_longer(&dir.by_us("vhd", "leaf.vhd"), &wanted, "leaf as VHD");
         assert_eq!(dir.run("vbdd image compare vhd:leaf.vhd qcow2:top.qcow2").code, 0);
         assert!(dir.image("info vhd:leaf.vhd").contains("subformat: differencing"));
+        same_or_longer(&vhd_chain(&dir, &["leaf.vhd", "mid.vhd"]), &wanted, "leaf as VHD, by the model");
     }
 }
 

@@ -127,11 +127,7 @@ struct Image<'a> {
 }
 
 impl Image<'_> {
-    fn new<'a>(
-        medium: &mut dyn Medium,
-        headers: &'a Headers,
-        grows: bool,
-    ) -> Result<Image<'a>, Unsupported> {
+    fn new<'a>(medium: &mut dyn Medium, headers: &'a Headers, grows: bool) -> Result<Image<'a>, Unsupported> {
         let table_bytes = headers.header.as_ref().map_or(0, Header::table_bytes);
         let report = super::check::check(medium, grows, false)?;
         if report.corruptions > 0 {
