@@ -424,7 +424,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
             self.notice(address, log::Level::Warn, &text);
         }
         let sectors = raw.geometry().sectors;
-        let (Identity::File { device, .. } | Identity::Device { number: device }) = opened.identity;
+        let device = opened.identity.device();
         let plan = DiskPlan { device, ..DiskPlan::new(opened.file, sectors, request.read_only) };
         let disk = match layers {
             Some(layers) => self.pump.add_chain(&plan, layers),

@@ -137,7 +137,8 @@ fn find<L: Library>(
     let directory = chain.last().map_or("/", |child| directory(&child.image.path));
     match parent {
         Parent::Named(image) => {
-            let path = beside(directory, &image.path);
+            // The leaf's own name is the caller's. What an image names is a path, whatever it looks like.
+            let path = if chain.is_empty() { image.path.clone() } else { beside(directory, &image.path) };
             let found = library.open(&path, writable)?;
             Ok((Image { path, ..image }, found))
         }

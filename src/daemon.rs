@@ -117,9 +117,10 @@ impl Daemon {
         vbd.terms = options.terms(vbd.terms);
         vbd.terms.offered.persistent = options.persistent_grants;
         let kinds = options.kinds.iter().filter_map(|name| Kind::from_name(name)).collect();
-        let assume_clean = options.assume_clean;
+        let (assume_clean, cache_mib) = (options.assume_clean, options.metadata_cache_mib);
         let options = Options { kinds, vbd };
         let mut backend = Backend::new(options, hypervisor, storage, Box::new(journals), clock.now());
+        backend.pump().set_metadata_cache((cache_mib as usize) << 20);
         if assume_clean {
             backend.pump().assume_clean();
         }

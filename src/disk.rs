@@ -49,6 +49,8 @@ pub struct Disk {
     pub image: Raw,
     /// The image has a format.
     pub is_chain: bool,
+    /// Writes of nothing but zeroes take no space.
+    pub detect_zeroes: bool,
     /// Writes are refused (XSA-142).
     pub read_only: bool,
     /// What frontends may ask for.
@@ -81,6 +83,7 @@ impl Disk {
             file: plan.file,
             image: Raw::of_sectors(plan.size_sectors),
             is_chain: false,
+            detect_zeroes: false,
             read_only: plan.read_only,
             offers: plan.offers,
             device: plan.device,

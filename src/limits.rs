@@ -46,7 +46,7 @@ pub const DATA_MEMORY_BYTES: usize = 64 << 20;
 
 /// Metadata of images in memory, all disks together, in bytes, unless asked otherwise: the L2 tables of 256 GiB at 64 KiB
 /// clusters, or their merged map. What does not fit is read again.
-pub const METADATA_CACHE_BYTES: usize = 32 << 20;
+pub const METADATA_CACHE_MIB: u32 = 32;
 
 /// Memory for metadata and copies on their way to and from images, in bytes: 64 transfers of 128 KiB, or 2 048 of a page;
 /// others wait for the first to end.
@@ -167,10 +167,18 @@ pub const NBD_REQUESTS_MAX: usize = 128;
 /// The longest read or write of a client, in bytes; clients are told. One piece of memory.
 pub const NBD_REQUEST_BYTES_MAX: u32 = 1 << 20;
 
-/// Memory for the data of all clients, in bytes: a quarter of [`DATA_MEMORY_BYTES`]. A client leaves at least as much free as it
-/// holds: one alone has 8 MiB at most; when `k` clients do not take their replies, 16 MiB / (k + 1) stay for the others, until
-/// [`NBD_MESSAGE_AGE`] ends.
-pub const NBD_MEMORY_BYTES: u64 = 16 << 20;
+/// Memory for data that every client of the NBD server has for itself, in bytes: 64 requests of 4 KiB, or 2 of 128 KiB. Nobody who
+/// takes and keeps what he can get comes between a client and this.
+pub const NBD_CLIENT_BYTES: u64 = 256 << 10;
+
+/// Memory for data that all clients share, in bytes. A client leaves at least as much free as it takes: 8 MiB are the most that one
+/// has. Who needs more than its own share and finds none waits at most until [`NBD_MESSAGE_AGE`] ends for those who do not take
+/// their replies.
+pub const NBD_SHARED_BYTES: u64 = 16 << 20;
+
+/// Memory for the data of all clients, in bytes: 16 MiB of their own and 16 MiB shared. `vbdd serve` has it besides
+/// [`DATA_MEMORY_BYTES`].
+pub const NBD_MEMORY_BYTES: u64 = NBD_CLIENTS_MAX as u64 * NBD_CLIENT_BYTES + NBD_SHARED_BYTES;
 
 /// Bytes of unsent headers above which no more is taken from a client.
 pub const NBD_UNSENT_BYTES_MAX: usize = 64 << 10;
@@ -196,6 +204,16 @@ pub const NBD_ACCEPTS_PER_TURN: usize = 8;
 pub const NBD_REST: Duration = Duration::from_secs(1);
 /// See [`NBD_REST`].
 pub const NBD_RETRY: Duration = Duration::from_millis(10);
+
+/// Memory for writes that NBD servers have answered and that no flush has covered: 64 MiB for all images, and for each of
+/// them between 2 MiB (twice the longest write) and 16 MiB.
+pub const NBD_UNFLUSHED_BYTES: u64 = 64 << 20;
+/// See [`NBD_UNFLUSHED_BYTES`].
+pub const NBD_UNFLUSHED_IMAGE_BYTES: (u64, u64) = (2 << 20, 16 << 20);
+
+/// How long requests wait for an NBD server that does not answer before they fail, if the operator says nothing else: long
+/// enough for a host to start anew, and not for ever, so that the disk of a guest that is gone can be let go of.
+pub const NBD_PATIENCE: Duration = Duration::from_secs(300);
 
 /// How long after the last request the buffers' memory goes back to the system.
 pub const TRIM_AFTER: Duration = Duration::from_secs(5);

@@ -1,5 +1,6 @@
-//! The network block device protocol: what lies on the wire, and the server. `docs/design/nbd.md` is the map.
+//! The network block device protocol: what lies on the wire, the server, and the client. `docs/design/nbd.md` is the map.
 
+pub mod client;
 pub mod process;
 pub mod server;
 pub mod wire;

@@ -257,10 +257,12 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
     }
 
     /// Says what the frontend that is about to connect was offered, and whether it needs its answers in order. For the
-    /// queues that are attached from now on.
-    pub fn set_terms(&mut self, disk: DiskId, offers: Offers, in_order: bool) {
+    /// queues that are attached from now on. And whether writes of nothing but zeroes are to take no space, where the image has
+    /// a format.
+    pub fn set_terms(&mut self, disk: DiskId, offers: Offers, in_order: bool, detect_zeroes: bool) {
         if let Some(disk) = self.disk(disk.0) {
             (disk.offers, disk.in_order) = (offers, in_order);
+            disk.detect_zeroes = detect_zeroes && disk.is_chain;
         }
     }
 

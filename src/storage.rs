@@ -20,6 +20,7 @@ mod legs;
 mod maps;
 mod medium;
 mod merge;
+mod remote;
 mod requests;
 mod slots;
 mod workers;
@@ -63,6 +64,22 @@ pub enum Identity {
         /// `st_rdev`.
         number: u64,
     },
+    /// An export of a server: a number made of their names. One that goes by two names counts as two.
+    Remote {
+        /// That number.
+        number: u64,
+    },
+}
+
+impl Identity {
+    /// The device that does the work, as far as can be told: requests to the same one share what it can do.
+    #[must_use]
+    pub fn device(&self) -> u64 {
+        match *self {
+            Identity::File { device, .. } => device,
+            Identity::Device { number } | Identity::Remote { number } => number,
+        }
+    }
 }
 
 /// The units in which a medium lets content go.

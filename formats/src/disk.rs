@@ -205,6 +205,8 @@ pub struct Disk {
     actives: Vec<Option<Active>>,
     free_actives: Vec<u32>,
     payments: Vec<Option<Payment>>,
+    /// How many of them there are.
+    payments_out: usize,
     flights: Flights,
     out: VecDeque<Work>,
     outcomes: VecDeque<Outcome>,
@@ -227,6 +229,8 @@ pub struct Disk {
     paused: bool,
     /// A page could not be written: none is tried before the next request.
     pages_paused: bool,
+    /// The last page that was to be written could not be.
+    stuck: bool,
     /// Why.
     failure: Failure,
     closing: Option<settle::Closing>,
@@ -253,6 +257,7 @@ impl Disk {
             actives: (0..limits.requests).map(|_| None).collect(),
             free_actives: (0..crate::bytes::narrow(limits.requests as u64)).rev().collect(),
             payments: (0..limits.payouts).map(|_| None).collect(),
+            payments_out: 0,
             flights: Flights::new(limits.work),
             out: VecDeque::with_capacity(limits.work),
             outcomes: VecDeque::with_capacity(limits.requests),
@@ -269,6 +274,7 @@ impl Disk {
             awaited: None,
             paused: false,
             pages_paused: false,
+            stuck: false,
             failure: Failure::Io(0),
             closing: None,
             closed: None,
@@ -385,6 +391,7 @@ impl Disk {
     /// Writes dirty pages although nobody waits for it: to be called about once a second, so that a guest that neither flushes nor
     /// does anything else does not keep the cache's pages from others.
     pub fn write_back(&mut self, pages: &mut Pages) {
+        self.pages_paused = false;
         let stamp = self.shared.ledger.stamp();
         self.shared.ledger.want(stamp);
         self.advance(pages);

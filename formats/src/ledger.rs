@@ -138,6 +138,11 @@ impl Ledger {
         self.failed
     }
 
+    /// Pages that have changed and are not on their way.
+    pub(crate) fn dirty_pages(&self) -> usize {
+        self.dirty.len()
+    }
+
     /// True while a write or a sync is under way.
     pub(crate) fn in_flight(&self) -> bool {
         self.syncing || self.writes_in_flight > 0

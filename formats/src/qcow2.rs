@@ -164,6 +164,13 @@ impl Format for Qcow2 {
         self.noted(step)
     }
 
+    fn in_place(&mut self, cx: &mut Context<'_>, extent: Extent) -> Step<Option<(u64, u64)>> {
+        self.marks.want();
+        self.writable()?;
+        let step = self.in_place_write(cx, extent);
+        self.noted(step)
+    }
+
     fn commit(&mut self, cx: &mut Context<'_>, payout: &Payout, after: Tick) -> Step<()> {
         let after = if self.planted.no_data_barrier { Tick::NONE } else { after };
         let step = self.commit_write(cx, payout, after);

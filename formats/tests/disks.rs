@@ -14,6 +14,7 @@ use support::driver::{Driver, Faults, NoFaults};
 use support::medium::SimMedium;
 use support::oracle::sector_of;
 use support::rng::{Rng, seeds};
+use support::witness::Witness;
 use support::world::{Setup, World};
 
 #[test]
@@ -38,12 +39,12 @@ fn a_raw_image_is_a_disk() {
     driver.close().unwrap();
 }
 
-fn qcow2(disk: u32, pages: Pages) -> Driver<SimMedium> {
+fn qcow2(disk: u32, pages: Pages, reserve_bytes: u64) -> Driver<SimMedium> {
     let mut medium = SimMedium::file();
     let mut what = Create::new(400 * 512);
     what.shape.cluster_bits = 9;
     create(&mut medium, &what).unwrap();
-    let options = Options { writable: true, reserve_bytes: 1 << 17, ..Options::default() };
+    let options = Options { writable: true, reserve_bytes, ..Options::default() };
     let (image, _) = Qcow2::open(&mut medium, options).unwrap();
     let disk = Disk::new(disk, vec![(0, Box::new(image) as Box<dyn Format>)], false, Limits::default());
     Driver::new(disk, pages, HashMap::from([(0, medium)]), 1)
@@ -52,7 +53,7 @@ fn qcow2(disk: u32, pages: Pages) -> Driver<SimMedium> {
 /// Two disks take turns with one small cache; neither ever flushes.
 #[test]
 fn disks_share_a_cache_without_standing_in_each_others_way() {
-    let mut disks = [qcow2(1, Pages::of_pages(16)), qcow2(2, Pages::of_pages(1))];
+    let mut disks = [qcow2(1, Pages::of_pages(16), 1 << 17), qcow2(2, Pages::of_pages(1), 1 << 17)];
     for turn in 0..200 {
         let (now, next) = ((turn % 2) as usize, ((turn + 1) % 2) as usize);
         let sector = turn * 37 % 396;
@@ -73,7 +74,7 @@ fn disks_share_a_cache_without_standing_in_each_others_way() {
 /// A cache that others fill makes a request wait; it neither fails nor spins inside.
 #[test]
 fn a_request_waits_while_others_have_the_whole_cache() {
-    let mut driver = qcow2(1, Pages::of_pages(16));
+    let mut driver = qcow2(1, Pages::of_pages(16), 1 << 17);
     let key = |offset_bytes| Key { disk: 9, image: 0, offset_bytes };
     let taken: Vec<_> = (0..16).map(|n| driver.pages.claim(key(n * 4096)).unwrap()).collect();
     let extent = Extent { sector: 5, sectors: 1 };
@@ -156,5 +157,25 @@ fn after_a_failed_sync_nothing_is_promised() {
         }
         world.driver.disk.close(&mut world.driver.pages);
         assert!(matches!(world.driver.disk.closed(), Some(Err(_))), "{:?}", world.driver.disk.closed());
+    }
+}
+
+/// What was reserved for writes that no longer come may fail to be there: that is no reason not to close.
+#[test]
+fn a_full_medium_is_closed_clean_whatever_is_under_way() {
+    for writes in 1..40 {
+        let mut driver = qcow2(1, Pages::of_pages(64), 4096);
+        for write in 0..writes {
+            let extent = Extent { sector: write * 7 % 399, sectors: 1 };
+            assert!(driver.submit(Request { token: write, op: Op::Write, extent }, vec![1; 512]));
+            while driver.outcomes.pop().is_none() {
+                assert!(driver.step(&mut NoFaults));
+            }
+        }
+        let medium = driver.media.get_mut(&0).unwrap();
+        medium.full_at = medium.now.len() as u64;
+        assert_eq!(driver.close(), Ok(()), "after {writes} writes");
+        let witness = Witness::new(&driver.media[&0].now);
+        assert_eq!((witness.leaks(), witness.dirty), (0, false), "after {writes} writes");
     }
 }

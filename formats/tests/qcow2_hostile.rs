@@ -150,6 +150,73 @@ fn a_contradiction_fails_what_hits_it_marks_the_image_and_stops_writes() {
     }
 }
 
+/// Puts a directory of one bitmap at `at` into an image's header.
+fn name_bitmaps(bytes: &mut [u8], at: u64) {
+    let word = |bytes: &[u8], at: usize| u32::from_be_bytes(bytes[at..at + 4].try_into().unwrap()) as usize;
+    let mut end = word(bytes, 100);
+    while word(bytes, end) != 0 {
+        end += 8 + word(bytes, end + 4).next_multiple_of(8);
+    }
+    let head = [0x2385_2875_u32, 24, 1, 0].map(u32::to_be_bytes).concat();
+    bytes[end..end + 32].copy_from_slice(&[head, [32, at].map(u64::to_be_bytes).concat()].concat());
+    bytes[95] |= 1;
+}
+
+/// Opening for writing changes the directory: nothing else may lie there.
+#[test]
+fn a_bitmap_directory_lies_within_the_file_and_over_nothing_else() {
+    let sound = image(12, 3);
+    let number = |at: usize| u64::from_be_bytes(sound[at..at + 8].try_into().unwrap());
+    let end = (sound.len() as u64).next_multiple_of(4096);
+    for (name, at, refused) in [
+        ("behind the end", end, true),
+        ("where no file can be", 1 << 63, true),
+        ("over the L1 table", number(40), true),
+        ("over the refcount table", number(48), true),
+        ("over the last cluster", end - 4096, false),
+    ] {
+        let mut bytes = sound.clone();
+        name_bitmaps(&mut bytes, at);
+        let result = Qcow2::open(&mut medium(bytes.clone()), writable());
+        assert_eq!(result.is_err(), refused, "{name}");
+        // Whoever does not know bitmaps has cleared the bit: then nobody looks at the directory.
+        bytes[95] = 0;
+        assert!(Qcow2::open(&mut medium(bytes), writable()).is_ok(), "{name}, not trusted");
+    }
+}
+
+#[test]
+fn a_packed_cluster_that_names_a_table_is_not_given_back() {
+    let sound = image(12, 3);
+    let (l1, entry) = (u64::from_be_bytes(sound[40..48].try_into().unwrap()), entry_of(&sound, 40));
+    for named in [l1, u64::from_be_bytes(sound[48..56].try_into().unwrap())] {
+        let mut bytes = sound.clone();
+        bytes[entry..entry + 8].copy_from_slice(&((1 << 62) | named).to_be_bytes());
+        let mut driver = open(medium(bytes)).unwrap();
+        let cluster = Extent { sector: 40, sectors: 8 };
+        let _ = driver.run(Op::Write, cluster, vec![1; 4096]);
+        let _ = driver.run(Op::Flush, cluster, Vec::new());
+        driver.settle();
+        assert!(driver.disk.corruption().is_some(), "nobody noticed");
+        let at = named as usize;
+        assert_eq!(driver.media[&0].now[at..at + 8], sound[at..at + 8], "a table is gone");
+    }
+}
+
+/// Images of both versions: one that is opened for writing and not written is not even made longer.
+#[test]
+fn an_image_that_is_only_read_stays_as_it_is() {
+    for version in [2, 3] {
+        let sound = image(12, version);
+        let mut driver = open(medium(sound.clone())).unwrap();
+        let extent = Extent { sector: 40, sectors: 8 };
+        driver.run(Op::Read, extent, vec![0; 4096]).0.unwrap();
+        driver.run(Op::Flush, extent, Vec::new()).0.unwrap();
+        driver.close().unwrap();
+        assert!(driver.media[&0].now == sound, "version {version} was changed");
+    }
+}
+
 #[test]
 fn mutated_images_never_panic_nor_hang() {
     let (mut opened, mut failed) = (0, 0);

@@ -290,3 +290,22 @@ fn rubbish_is_refused_or_read_and_never_a_panic() {
     }
     println!("{opened} opened, {refused} refused");
 }
+
+/// A BAT that changes behind an open image's back: nothing more is written, the footer included.
+#[test]
+fn after_a_contradiction_nothing_is_written() {
+    let mut driver = driver(filled(Kind::Dynamic, 8, &[1, 5]), true);
+    let write = |driver: &mut Driver<Sparse>, block: u64| {
+        driver.run(Op::Write, Extent { sector: block * BLOCK, sectors: 1 }, vec![9; 512]).0
+    };
+    write(&mut driver, 1).unwrap();
+    write(&mut driver, 3).unwrap();
+    driver.pages.forget_disk(1);
+    poke(driver.media.get_mut(&0).unwrap(), 3, 20, &[0, 0, 0, 1]);
+    assert!(matches!(write(&mut driver, 5), Err(Failure::Corrupt(_))));
+    driver.settle();
+    let before = driver.media[&0].bytes();
+    assert!(write(&mut driver, 1).is_err());
+    let _ = driver.close();
+    assert!(before == driver.media[&0].bytes(), "a corrupt image was changed");
+}

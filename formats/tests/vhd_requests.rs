@@ -7,12 +7,15 @@ mod vhd_support;
 
 use std::collections::HashMap;
 
+use formats::pages::Key;
 use formats::vhd::change::set_hidden;
 use formats::vhd::check::{check, info};
 use formats::vhd::create::{Create, Parent, create};
 use formats::vhd::{Kind, Vhd};
-use formats::{Disk, Extent, Failure, Format, Limits, Medium, Op, Outcome, Pages, Raw, Request};
-use support::driver::{Driver, NoFaults};
+use formats::{
+    Disk, Extent, Failure, Format, Limits, Medium, Op, Outcome, Pages, Payload, Raw, Request, Work, WorkKind,
+};
+use support::driver::{Driver, Faults, NoFaults};
 use support::rng::Rng;
 use vhd_support::model::Model;
 use vhd_support::sparse::Sparse;
@@ -258,4 +261,47 @@ fn a_parent_of_2_tib_costs_140_kib_to_open_and_a_leaf_its_bat() {
     counting.1 = 0;
     Vhd::open_to_write(&mut counting, facts).unwrap();
     assert!(counting.1 < (4 << 20) + (140 << 10), "{}", counting.1);
+}
+
+/// No page can be written.
+struct PagesFail;
+
+impl Faults for PagesFail {
+    fn strike(&mut self, work: &Work, _: &mut Rng) -> Option<Failure> {
+        (work.kind == WorkKind::Write && work.payload == Payload::Own).then_some(Failure::Io(5))
+    }
+}
+
+/// The cache is everybody's: a disk whose pages cannot be written must not fill it with them.
+#[test]
+fn pages_that_cannot_be_written_do_not_fill_the_cache() {
+    let mut medium = blank(Kind::Differencing, 200, 0, None, false, raw_parent());
+    let facts = medium.facts();
+    let image = Vhd::open_to_write(&mut medium, facts).unwrap();
+    let images: Vec<(u32, Box<dyn Format>)> =
+        vec![(0, Box::new(image)), (1, Box::new(Raw::of_sectors(1 << 30)))];
+    let limits = Limits { dirty_pages: 16, ..Limits::default() };
+    let disk = Disk::new(1, images, false, limits);
+    let media = HashMap::from([(0, medium), (1, Sparse::file())]);
+    let mut driver = Driver::new(disk, Pages::of_pages(128), media, 1);
+    let mut failed = 0;
+    for block in 0..200 {
+        let request =
+            Request { token: block, op: Op::Write, extent: Extent { sector: block * BLOCK, sectors: 8 } };
+        assert!(driver.submit(request, vec![3; 4096]));
+        while driver.step(&mut PagesFail) {}
+        failed += u64::from(driver.outcomes.pop().unwrap().result.is_err());
+    }
+    assert!(failed > 100, "{failed} failed");
+    let other = |block: u64| Key { disk: 9, image: 0, offset_bytes: block * 512 };
+    let taken: Vec<_> =
+        (0..64).map(|block| driver.pages.claim(other(block)).expect("no page for others")).collect();
+    taken.into_iter().for_each(|page| driver.pages.abandon(page));
+    // It recovers without a request of the guest's.
+    driver.disk.write_back(&mut driver.pages);
+    driver.take();
+    driver.settle();
+    write(&mut driver, 150 * BLOCK).unwrap();
+    driver.close().unwrap();
+    Model::new(&driver.media[&0]).check_closed();
 }

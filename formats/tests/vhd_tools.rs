@@ -348,3 +348,26 @@ fn poisoned_images_are_refused_until_enabled() {
     assert!(enable(&mut image).unwrap());
     usable(&mut image, &[1]);
 }
+
+/// Bits of a batmap behind the disk's last block say nothing, and must not come to say something when the disk grows.
+#[test]
+fn what_a_batmap_says_behind_the_disk_is_forgotten_when_it_grows() {
+    for room_bytes in [0, 100 * MIB] {
+        let mut medium = Sparse::file();
+        create(&mut medium, &Create { room_bytes, ..what(Kind::Dynamic, 8 * MIB) }).unwrap();
+        let mut medium = fill(medium, &[1]);
+        let headers = read_headers(&mut medium).unwrap();
+        let batmap = headers.batmap.unwrap();
+        let mut map = batmap.map.clone();
+        map[0] |= 0x0f;
+        map[1] = 0xff;
+        let mut header = batmap.header;
+        header.set_map(header.map_bytes(), &map);
+        medium.write(header.map_bytes(), &map).unwrap();
+        medium.write(batmap.at_bytes, &header.0).unwrap();
+        grow(&mut medium, true, 32 * MIB).unwrap();
+        let report = check(&mut medium, true, false).unwrap();
+        assert_eq!((report.corruptions, report.flaws), (0, 0), "{report:?}");
+        holds(&medium, &[1]);
+    }
+}

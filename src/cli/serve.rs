@@ -8,7 +8,7 @@ use rings::Abi;
 
 use super::usage;
 use crate::error::Error;
-use crate::limits::{XENSTORE_NODES, XENSTORE_WATCHES};
+use crate::limits::{METADATA_CACHE_MIB, XENSTORE_NODES, XENSTORE_WATCHES};
 use crate::storage::engine::EngineChoice;
 use crate::vbd::{Config, Place, Terms};
 
@@ -22,8 +22,9 @@ Usage: vbdd serve --kind KIND --root DIR [OPTIONS]
   --engine ENGINE       auto, uring or aio: how images are read and written (auto)
   --place PLACE         auto, dom0 or driver-domain: who cleans up after an unplug (auto: dom0 if this domain is 0)
   --default-abi ABI     x86_64, x86_32 or arm: for a frontend that does not name its ABI (x86_64)
-  --disk-options WORDS  what every disk is served with, as in the node vbdd: in-order, barrier, persistent=0, discard=0,
-                        max-queues=N, max-ring-page-order=N
+  --disk-options WORDS  what every disk is served with, as in the node vbdd: in-order, barrier, detect-zeroes,
+                        persistent=0, discard=0, max-queues=N, max-ring-page-order=N
+  --metadata-cache MIB  memory for metadata of QCOW2 and VHD images, all disks together, 1 to 65536 (32)
   --persistent-grants   offer frontends to keep their pages mapped; slower for vbdd than copying, see docs/performance.md
   --state-dir DIR       where live rings are written down for the next vbdd (/run/vbdd)
   --assume-clean        take over rings that no journal tells of, as the last vbdd was stopped with SIGTERM
@@ -64,6 +65,8 @@ pub struct ServeOptions {
     pub default_abi: Abi,
     /// What every disk is served with, in the words of the node `vbdd`.
     pub disk_options: String,
+    /// Memory for metadata of images with a format, in MiB.
+    pub metadata_cache_mib: u32,
     /// Frontends are offered to keep their pages granted.
     pub persistent_grants: bool,
     /// Where the journals of live rings are.
@@ -97,6 +100,7 @@ pub(super) fn parse(parser: &mut Parser) -> Result<Option<ServeOptions>, Error> 
         place: PlaceOption::Auto,
         default_abi: Abi::X86_64,
         disk_options: String::new(),
+        metadata_cache_mib: METADATA_CACHE_MIB,
         persistent_grants: false,
         state_dir: PathBuf::from("/run/vbdd"),
         assume_clean: false,
@@ -145,6 +149,13 @@ pub(super) fn parse(parser: &mut Parser) -> Result<Option<ServeOptions>, Error> 
                 })?;
             }
             Long("state-dir") => options.state_dir = path(parser)?,
+            Long("metadata-cache") => {
+                options.metadata_cache_mib = number(parser, "--metadata-cache")?;
+                if !(1..=65536).contains(&options.metadata_cache_mib) {
+                    let what = format!("--metadata-cache {}: out of range", options.metadata_cache_mib);
+                    return Err(Error::new(what, "1 to 65536 MiB"));
+                }
+            }
             Long("persistent-grants") => options.persistent_grants = true,
             Long("assume-clean") => options.assume_clean = true,
             Long("xenstore-nodes") => options.quotas.0 = number(parser, "--xenstore-nodes")?,

@@ -17,7 +17,7 @@ use crate::pump::{DiskId, DiskPlan, Pump, PumpEvent};
 use crate::reactor::{Reactor, Ready};
 use crate::signals::{Signal, Signals};
 use crate::storage::linux::{LinuxStorage, Options as StorageOptions};
-use crate::storage::{Access, Identity, Opened, Storage};
+use crate::storage::{Access, Opened, Storage};
 
 /// Keys of the poller.
 const STORAGE: usize = 0;
@@ -85,7 +85,7 @@ impl Process {
         let layers = storage.layers(opened.file);
         let mut pump = Pump::new(NoGuests, storage, Box::new(NoJournals));
         let sectors = opened.size_bytes / formats::SECTOR_BYTES;
-        let (Identity::File { device, .. } | Identity::Device { number: device }) = opened.identity;
+        let device = opened.identity.device();
         let plan = DiskPlan { device, ..DiskPlan::new(opened.file, sectors, options.read_only) };
         let disk = match layers {
             Some(layers) => pump.add_chain(&plan, layers),
@@ -157,7 +157,7 @@ impl Process {
                     }
                 }
             }
-            _ => self.server.ready(ready, &mut self.reactor),
+            _ => self.server.ready(ready),
         }
     }
 

@@ -16,7 +16,7 @@ mod session;
 pub use exports::{Export, ExportId, Exports};
 pub use listen::{Address, Listener};
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use crate::buffers::Pool;
@@ -76,9 +76,12 @@ pub struct Server {
     first_key: usize,
     /// Clients from which something came.
     readable: Vec<u16>,
+    /// Clients that have closed both directions.
+    gone: Vec<u16>,
     /// Clients that may have something to send.
     touched: Vec<u16>,
-    /// Listeners that have somebody waiting.
+    first_to_go_on: usize,
+    /// A listener has somebody waiting.
     arrivals: bool,
     /// When it listens again, after it could not take a client.
     listens_at: Option<Duration>,
@@ -98,7 +101,9 @@ impl Server {
             budget: Budget::default(),
             first_key,
             readable: Vec::new(),
+            gone: Vec::new(),
             touched: Vec::new(),
+            first_to_go_on: 0,
             arrivals: false,
             listens_at: None,
             progress: false,
@@ -171,7 +176,7 @@ impl Server {
     }
 
     /// A descriptor is ready. Only for keys from `first_key` on.
-    pub fn ready(&mut self, ready: Ready, reactor: &mut Reactor) {
+    pub fn ready(&mut self, ready: Ready) {
         let Some(at) = ready.key.checked_sub(self.first_key + LISTENERS_MAX) else {
             self.arrivals = true;
             return;
@@ -180,11 +185,8 @@ impl Server {
         let Ok(id) = u16::try_from(at) else { return };
         let Some((reads, _)) = client.polled else { return };
         if ready.readable && !reads {
-            // It is gone, which is told again and again; what is left of it is found when we get there.
-            if let Some(socket) = &client.socket {
-                reactor.remove(socket.as_fd());
-            }
-            client.polled = None;
+            // Nobody is there any more to take a reply.
+            self.gone.push(id);
         } else if ready.readable {
             self.readable.push(id);
         }
@@ -199,17 +201,10 @@ impl Server {
         self.accept(disks, reactor);
         self.end_the_late(disks, reactor);
         self.progress = false;
-        for at in 0..self.clients.len() {
-            let Some(client) = self.clients.get_mut(at).and_then(Option::as_mut) else { continue };
-            let waits = client.waits && client.socket.is_some();
-            // Nobody tells of those any more that the poller does not look at.
-            let unpolled = client.polled.is_none() && client.interest().0 && client.socket.is_some();
-            if waits {
-                self.step(at, disks, reactor, |client, exports, cx| client.take(exports, cx));
-            } else if unpolled {
-                self.step(at, disks, reactor, |client, exports, cx| client.receive(exports, cx));
-            }
-        }
+        let mut gone = std::mem::take(&mut self.gone);
+        gone.drain(..).for_each(|id| self.close(id.into(), disks, reactor));
+        self.gone = gone;
+        self.go_on(disks, reactor);
         let mut readable = std::mem::take(&mut self.readable);
         for id in readable.drain(..) {
             self.step(id.into(), disks, reactor, |client, exports, cx| {
@@ -217,6 +212,18 @@ impl Server {
             });
         }
         self.readable = readable;
+    }
+
+    /// Lets clients go on that wait for memory or room; another is the first each time.
+    fn go_on(&mut self, disks: &mut impl Disks, reactor: &mut Reactor) {
+        let (count, first) = (self.clients.len(), self.first_to_go_on);
+        for at in (0..count).map(|at| (at + first) % count) {
+            let client = self.clients.get(at).and_then(Option::as_ref);
+            if client.is_some_and(|client| client.waits && client.socket.is_some()) {
+                self.step(at, disks, reactor, |client, exports, cx| client.take(exports, cx));
+            }
+        }
+        self.first_to_go_on = (first + 1) % count.max(1);
     }
 
     /// A disk has answered.
@@ -243,11 +250,7 @@ impl Server {
             self.progress = true;
         }
         self.touched = touched;
-        let all = self.clients.iter().flatten();
-        self.progress && all.clone().any(|client| client.waits)
-            || all
-                .clone()
-                .any(|client| client.polled.is_none() && client.interest().0 && client.socket.is_some())
+        self.progress && self.clients.iter().flatten().any(|client| client.waits)
     }
 
     /// When [`Server::turn`] wants to be called though nothing happens.
@@ -343,14 +346,17 @@ impl Server {
             for _ in 0..NBD_ACCEPTS_PER_TURN {
                 match self.listeners.get(at).map_or(Arrival::Nobody, Listener::accept) {
                     Arrival::Nobody => break,
-                    Arrival::Client(socket) => self.enter(Client::new(socket, self.now), disks, reactor),
+                    Arrival::Client(socket) => self.enter(socket, disks, reactor),
                     Arrival::Failed(error) => return self.rest(&error, reactor),
                 }
             }
         }
     }
 
-    fn enter(&mut self, mut client: Client, disks: &mut impl Disks, reactor: &mut Reactor) {
+    /// Takes a client whose socket came from elsewhere than a listener; it must not block. One too many is refused by
+    /// closing it.
+    pub fn enter(&mut self, socket: OwnedFd, disks: &mut impl Disks, reactor: &mut Reactor) {
+        let mut client = Client::new(socket, self.now);
         let at = self.clients.iter().position(Option::is_none).unwrap_or(self.clients.len());
         if at >= NBD_CLIENTS_MAX {
             log::info!("nbd: {NBD_CLIENTS_MAX} clients are connected: another is refused");

@@ -12,7 +12,7 @@ use super::works::Works;
 use super::{DiskId, DiskPlan, Pump, PumpEvent, Token};
 use crate::buffers::Span;
 use crate::hypervisor::Hypervisor;
-use crate::limits::{METADATA_CACHE_BYTES, WRITE_BACK_INTERVAL};
+use crate::limits::{METADATA_CACHE_MIB, WRITE_BACK_INTERVAL};
 use crate::storage::{FileId, IoKind, Layer, Storage, StorageError};
 
 /// An open chain of images, leaf first.
@@ -60,7 +60,7 @@ pub(super) struct Chains {
 impl Default for Chains {
     fn default() -> Chains {
         Chains {
-            pages: Pages::new(METADATA_CACHE_BYTES),
+            pages: Pages::new((METADATA_CACHE_MIB as usize) << 20),
             open: Vec::new(),
             works: Works::default(),
             touched: Vec::new(),

@@ -127,6 +127,22 @@ impl Rows {
         }
     }
 
+    /// Whether a write's data, which are here, are nothing but zeroes.
+    pub(crate) fn is_zero(&self, pool: &mut Pool, held: &Held, request: &rings::Request) -> bool {
+        let (length, mut at) = (request.length_bytes(), 0);
+        let is_write = request.operation == rings::Operation::Write;
+        while let Some(span) =
+            self.part(held, at, length - at).filter(|span| is_write && span.length_bytes() > 0)
+        {
+            let or = |bytes: &[u8]| bytes.iter().fold(0, |sum, byte| sum | byte) == 0;
+            if !pool.bytes(span).chunks(512).all(or) {
+                return false;
+            }
+            at += span.length_bytes();
+        }
+        at == length && length > 0
+    }
+
     /// What of `length` bytes from `at` on lies in one piece; `None` past the end.
     #[inline]
     pub(crate) fn part(&self, held: &Held, at: u32, length: u32) -> Option<Span> {
@@ -318,7 +334,9 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         let Some(disk) = self.disks.get(queue_disk as usize).and_then(Option::as_ref) else { return false };
         let Some(one) = queue.in_flight(place) else { return false };
         let length = one.request.length_bytes();
-        if length == 0 {
+        // What is looked at for zeroes must be in our memory.
+        let looked_at = disk.detect_zeroes && one.request.operation == rings::Operation::Write;
+        if length == 0 || looked_at {
             return false;
         }
         let (kind, direction) = match one.request.operation {

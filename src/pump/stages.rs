@@ -279,7 +279,13 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         let extent = extent_of(&one.request);
         if disk.is_chain {
             one.transfers = 1;
-            let op = if kind == IoKind::Read { Op::Read } else { Op::Write };
+            let zeroes =
+                disk.detect_zeroes && self.rows.is_zero(self.storage.buffers(), &one.held, &one.request);
+            let op = match kind {
+                IoKind::Read => Op::Read,
+                _ if zeroes => Op::WriteZeroes,
+                _ => Op::Write,
+            };
             let (disk, token) = (queue.disk, Token::Request { queue: id, place });
             return self.submit(disk, token, op, extent);
         }

@@ -10,9 +10,11 @@ use rustix::io::Errno;
 
 use super::linux::Alignment;
 use super::medium::{self, Prepared};
+use super::remote::{self, Servers};
 use super::{Access, OpenError};
 use crate::chains::{self, Found, Library, Wish};
 use crate::images::{Roots, explain};
+use crate::nbd::client::address::is_remote;
 use crate::params::{Format, Image};
 
 /// The files of an opened image.
@@ -28,6 +30,7 @@ pub(super) struct PreparedChain {
 /// How to open.
 pub(super) struct Opener<'a> {
     pub roots: &'a Arc<Roots>,
+    pub servers: &'a Arc<Servers>,
     /// Of the leaf.
     pub access: Access,
     pub direct: bool,
@@ -38,7 +41,11 @@ impl Opener<'_> {
     /// Opens an image, with its parents where its format has such.
     pub(super) fn open(&mut self, image: &Image) -> Result<PreparedChain, OpenError> {
         if image.format == Format::Raw {
-            let leaf = medium::open(self.roots, &image.path, self.access, self.direct, self.least)?;
+            let leaf = if is_remote(&image.path) {
+                remote::open(self.servers, &image.path, self.access)?.finish()
+            } else {
+                medium::open(self.roots, &image.path, self.access, self.direct, self.least)?
+            };
             return Ok(PreparedChain { leaf, formats: Vec::new(), parents: Vec::new() });
         }
         let wish = Wish { writable: self.access != Access::ReadOnly, parents: true };
@@ -59,10 +66,15 @@ impl Opener<'_> {
 }
 
 impl Library for Opener<'_> {
-    type File = Blocking;
+    type File = Place;
 
-    fn open(&mut self, path: &str, writable: bool) -> Result<Found<Blocking>, OpenError> {
+    fn open(&mut self, path: &str, writable: bool) -> Result<Found<Place>, OpenError> {
         let access = if writable { self.access } else { Access::ReadOnly };
+        if is_remote(path) {
+            let medium = remote::open(self.servers, path, access)?;
+            let identity = medium.identity();
+            return Ok(Found { medium: Place::Remote(Box::new(medium)), identity, grows: false });
+        }
         let prepared = medium::open(self.roots, path, access, self.direct, self.least)?;
         let image = self.roots.locate(path)?;
         // Not the claim of a device: the first open has it, and it excludes us too.
@@ -74,7 +86,52 @@ impl Library for Opener<'_> {
             return Err(explain(path, Errno::STALE, None));
         }
         let grows = !image.is_device();
-        Ok(Found { medium: Blocking { prepared, fd, grows }, identity, grows })
+        Ok(Found { medium: Place::Here(Box::new(Blocking { prepared, fd, grows })), identity, grows })
+    }
+}
+
+/// Where the bytes of an image are.
+#[derive(Debug)]
+pub(super) enum Place {
+    Here(Box<Blocking>),
+    Remote(Box<remote::Blocking>),
+}
+
+impl Place {
+    /// Keeps what transfers are done with.
+    fn finish(self) -> Prepared {
+        match self {
+            Place::Here(file) => file.finish(),
+            Place::Remote(export) => export.finish(),
+        }
+    }
+
+    fn medium(&mut self) -> &mut dyn Medium {
+        match self {
+            Place::Here(file) => file.as_mut(),
+            Place::Remote(export) => export.as_mut(),
+        }
+    }
+}
+
+impl Medium for Place {
+    fn length_bytes(&mut self) -> u64 {
+        self.medium().length_bytes()
+    }
+    fn read(&mut self, offset_bytes: u64, bytes: &mut [u8]) -> Result<(), Failure> {
+        self.medium().read(offset_bytes, bytes)
+    }
+    fn write(&mut self, offset_bytes: u64, bytes: &[u8]) -> Result<(), Failure> {
+        self.medium().write(offset_bytes, bytes)
+    }
+    fn zero(&mut self, offset_bytes: u64, length_bytes: u64) -> Result<(), Failure> {
+        self.medium().zero(offset_bytes, length_bytes)
+    }
+    fn set_length(&mut self, length_bytes: u64) -> Result<(), Failure> {
+        self.medium().set_length(length_bytes)
+    }
+    fn sync(&mut self) -> Result<(), Failure> {
+        self.medium().sync()
     }
 }
 

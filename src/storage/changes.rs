@@ -13,6 +13,7 @@ use super::linux::LinuxStorage;
 use super::medium::{self, Path};
 use super::slots::Stage;
 use super::{Identity, Io, StorageError};
+use crate::nbd::client::Command;
 
 /// The most that is let go of, or zeroed, at once by the calling thread, in bytes, where the file lives in memory: 256 pages.
 pub(super) const AT_ONCE_BYTES: u64 = 1 << 20;
@@ -93,7 +94,7 @@ impl LinuxStorage {
         let Some(file) = self.files.at(io.file) else {
             return self.end(io.token, Err(StorageError::Os(libc::EBADF)));
         };
-        if matches!(file.identity, Identity::Device { .. }) {
+        if !matches!(file.identity, Identity::File { .. }) {
             let fits = io.offset_bytes <= file.shape.size;
             return self.end(io.token, if fits { Ok(()) } else { Err(StorageError::Os(libc::ENOSPC)) });
         }
@@ -115,6 +116,9 @@ impl LinuxStorage {
     }
 
     fn start_change(&mut self, number: u32) {
+        if self.starts_remotely(number, Command::WriteZeroes) {
+            return;
+        }
         let (order, at_once) = match self.slots.at(number).stage {
             Stage::Length => self.length_order(number),
             _ => self.zero_order(number),

@@ -9,6 +9,7 @@ use super::linux::LinuxStorage;
 use super::medium::Path;
 use super::slots::Stage;
 use super::{Identity, Io, StorageError};
+use crate::nbd::client::Command;
 
 /// The most that one call lets go of, in bytes: a call cannot be interrupted, and a disk that is detached waits for it.
 const PART_BYTES: u64 = 256 << 20;
@@ -40,9 +41,14 @@ impl LinuxStorage {
 
     /// Has the next part of a discard done.
     fn discard_part(&mut self, number: u32) {
+        let slot = self.slots.at_mut(number);
+        slot.piece = (slot.until - slot.place).min(PART_BYTES);
+        if self.starts_remotely(number, Command::Trim) {
+            return;
+        }
         let slot = *self.slots.at(number);
         let Some(file) = self.files.at(slot.io.file) else { return };
-        let length = (slot.until - slot.place).min(PART_BYTES);
+        let length = slot.piece;
         let is_device = matches!(file.identity, Identity::Device { .. });
         let change = if is_device { Change::Discard } else { Change::Hole };
         let order = Order { tag: number, fd: file.descriptor(false), change, offset: slot.place, length };
@@ -58,7 +64,7 @@ impl LinuxStorage {
     pub(super) fn discard_landed(&mut self, number: u32, result: Result<u32, i32>) {
         let slot = *self.slots.at(number);
         let Some(file) = self.files.at(slot.io.file) else { return };
-        let place = slot.place + (slot.until - slot.place).min(PART_BYTES);
+        let place = slot.place + slot.piece;
         // What was written meanwhile may have been marked as there, and be gone.
         self.maps.punched(&file.mapped, slot.place, place - slot.place);
         match result {

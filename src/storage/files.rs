@@ -51,6 +51,8 @@ pub(super) struct File {
     pub hazards: Option<Hazards>,
     /// Only where it lives in memory.
     pub mapped: Mapped,
+    /// Only where it lives on a server: its number among those.
+    pub remote: Option<u32>,
 }
 
 impl Drop for File {
@@ -88,6 +90,7 @@ impl File {
             changes: Fifo::EMPTY,
             hazards: serialised.then(|| Hazards::new(prepared.shape)),
             mapped: if prepared.path == Path::Memory { Mapped::No } else { Mapped::Never },
+            remote: None,
         }
     }
 

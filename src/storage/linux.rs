@@ -6,6 +6,7 @@ use std::collections::VecDeque;
 use std::os::fd::{AsFd, RawFd};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::calls::{self, Job};
 use super::chained::{Opener, PreparedChain};
@@ -16,13 +17,17 @@ use super::legs::{self, BOUNCE_BYTES};
 use super::maps::{Answer, Mapped, Maps, Wish};
 use super::medium::{self, Path, Prepared};
 use super::merge::Merges;
+use super::remote::{Remotes, Servers};
 use super::slots::{Fifo, Slots};
 use super::workers::{Bell, Workers};
+use super::zeroes::Way;
 use super::{
     Access, DiscardUnit, Done, FileId, Identity, Io, IoKind, Layer, OpenError, Opened, Storage, StorageError,
 };
 use crate::buffers::{Pool, SPAN_BYTES_MAX, Span};
 use crate::images::Roots;
+use crate::limits::NBD_PATIENCE;
+use crate::nbd::client::Allowed;
 use crate::params::Image;
 
 /// Threads that open and close files. A dead file server holds one for each path that is tried; the rest go on.
@@ -56,6 +61,10 @@ pub struct Options {
     pub direct: bool,
     /// Alignment to keep in direct transfers, for media that want more than the kernel says.
     pub alignment: Option<Alignment>,
+    /// The NBD servers that images may lie on.
+    pub servers: Vec<Allowed>,
+    /// How long requests wait for a server that does not answer before they fail; for ever if there is none.
+    pub server_patience: Option<Duration>,
 }
 
 /// What direct transfers must be multiples of, in bytes: powers of two, 512 to 4096.
@@ -75,6 +84,8 @@ impl Default for Options {
             pool_bytes: 64 << 20,
             direct: true,
             alignment: None,
+            servers: Vec::new(),
+            server_patience: Some(NBD_PATIENCE),
         }
     }
 }
@@ -128,6 +139,8 @@ pub struct LinuxStorage {
     /// Whether a transfer was pushed by us and not on behalf of a caller who is about to submit.
     pub(super) continued: bool,
     pub(super) maps: Maps,
+    /// Images on servers, if the operator allows any.
+    pub(super) remotes: Option<Remotes>,
     /// Whether anything was asked since [`LinuxStorage::was_busy`] was.
     busy: bool,
 }
@@ -165,9 +178,15 @@ impl LinuxStorage {
             Pool::new(BOUNCE_POOL_BYTES).map_err(|error| format!("no memory for buffers: {error}"))?;
         let bell = Arc::new(Bell::new().map_err(|error| format!("eventfd: {error}"))?);
         let (direct, alignment) = (options.direct, options.alignment);
+        let servers = Arc::new(Servers::new(&options.servers)?);
+        let remotes = match options.servers.is_empty() {
+            true => None,
+            false => Some(Remotes::new(options.server_patience, &bell)?),
+        };
         let openers = Workers::new("vbdd-open", OPENERS_MAX, Arc::clone(&bell), move |errand| match errand {
             Errand::Open { token, image, access } => {
-                let mut opener = Opener { roots: &roots, access, direct, least: alignment };
+                let mut opener =
+                    Opener { roots: &roots, servers: &servers, access, direct, least: alignment };
                 Some((token, opener.open(&image), image))
             }
             Errand::Close(file) => {
@@ -208,6 +227,7 @@ impl LinuxStorage {
             bell,
             continued: false,
             maps: Maps::default(),
+            remotes,
             busy: false,
         })
     }
@@ -218,9 +238,10 @@ impl LinuxStorage {
         &self.engine_text
     }
 
-    /// What the poller must watch for reading, level-triggered: at most two descriptors, the same ones for life.
+    /// What the poller must watch for reading, level-triggered: at most three descriptors, the same ones for life.
     pub fn fds(&self) -> impl Iterator<Item = RawFd> {
-        [self.engine.wake_fd(), Some(self.bell.fd())].into_iter().flatten()
+        let remotes = self.remotes.as_ref().map(Remotes::fd);
+        [self.engine.wake_fd(), Some(self.bell.fd()), remotes].into_iter().flatten()
     }
 
     /// To be called when any of [`LinuxStorage::fds`] is readable, and then all of `done` and `opened` to be taken. It costs
@@ -228,6 +249,9 @@ impl LinuxStorage {
     pub fn ready(&mut self) {
         self.engine.acknowledge();
         self.bell.answer();
+        if let Some(remotes) = &mut self.remotes {
+            remotes.ready();
+        }
     }
 
     /// Transfers that went along with another as one, since the storage was made.
@@ -293,7 +317,8 @@ impl LinuxStorage {
 
     fn install(&mut self, path: &str, prepared: Prepared) -> Result<Opened, OpenError> {
         let path = path.to_owned();
-        let locked = prepared.locked;
+        let (locked, mut prepared) = (prepared.locked, prepared);
+        let connected = prepared.remote.take();
         let Some(file) = self.files.insert(prepared) else {
             let reason = format!("{FILES_MAX} files are open already; detach disks that are not needed");
             return Err(OpenError { path, reason });
@@ -305,6 +330,12 @@ impl LinuxStorage {
                 reason: String::from("the table of files is broken (a bug in vbdd)"),
             });
         };
+        if let (Some(connected), Some(remotes)) = (connected, &mut self.remotes) {
+            if !connected.can_zero() {
+                entry.zeroing = Way::Writing;
+            }
+            entry.remote = Some(remotes.insert(*connected));
+        }
         if registers(entry) && self.engine.attach(index, entry.fd.as_fd()) {
             entry.attached = Some(index);
         }
@@ -323,6 +354,9 @@ impl LinuxStorage {
     pub(super) fn put_away(&mut self, file: FileId) {
         let Some(mut file) = self.files.remove(file) else { return };
         self.maps.unmap(&mut file.mapped);
+        if let (Some(number), Some(remotes)) = (file.remote, &mut self.remotes) {
+            remotes.remove(number);
+        }
         if let Some(index) = file.attached {
             self.engine.detach(index);
         }
@@ -392,6 +426,9 @@ impl Storage for LinuxStorage {
 
     fn measure(&mut self, file: FileId) -> Option<u64> {
         let file = self.files.at(file).filter(|file| !file.closing)?;
+        if file.path == Path::Remote {
+            return Some(file.shape.size);
+        }
         let size = medium::size_now(&file.fd)?;
         if size != file.shape.size {
             file.resize(size);
@@ -477,6 +514,9 @@ impl Storage for LinuxStorage {
     fn trim(&mut self) {
         self.pool.trim();
         self.bounces.trim();
+        if let Some(remotes) = &mut self.remotes {
+            remotes.trim();
+        }
         for file in self.files.all() {
             self.maps.unmap(&mut file.mapped);
         }
@@ -487,6 +527,9 @@ impl Storage for LinuxStorage {
         self.maps.next_turn();
         self.continued = false;
         self.end_run();
+        if let Some(remotes) = &mut self.remotes {
+            remotes.submit();
+        }
         let mut all = self.engine.submit();
         while all && !self.unpushed.is_empty() {
             let before = self.unpushed.first();
@@ -515,6 +558,8 @@ impl Storage for LinuxStorage {
             } else if let Some(landed) = self.helpers.take() {
                 self.land(landed);
             } else if let Some(landed) = self.stillborn.pop_front() {
+                self.land(landed);
+            } else if let Some(landed) = self.remotes.as_mut().and_then(Remotes::landed) {
                 self.land(landed);
             } else if let Some(landed) = self.discarders.take().or_else(|| self.changers.take()) {
                 self.land(landed);

@@ -9,6 +9,7 @@ use rustix::io::Errno;
 use super::changes::punch;
 use super::legs::{BLOCK_BYTES_MAX, SECTOR_BYTES, Shape};
 use super::linux::Alignment;
+use super::remote::Connected;
 use super::{Access, DiscardUnit, Identity, OpenError};
 use crate::images::{Image, Roots, explain};
 
@@ -32,6 +33,8 @@ pub(super) enum Path {
     Cached,
     /// At once, by the calling thread: the file lives in memory.
     Memory,
+    /// By a server: its descriptor here stands for it, and no transfer goes there.
+    Remote,
 }
 
 /// An opened image, on its way from the opener to the owner of the file table.
@@ -49,6 +52,8 @@ pub(super) struct Prepared {
     /// The unit in which the file system keeps it, in bytes: what zeroes of less are to be written.
     pub unit_bytes: u32,
     pub locked: bool,
+    /// The connection to its server.
+    pub remote: Option<Box<Connected>>,
 }
 
 /// Opens what `path` names.
@@ -86,6 +91,9 @@ pub(super) fn open(
 impl Prepared {
     /// Looks at the size again: a repair may have cut the file.
     pub(super) fn remeasure(&mut self, path: &str) -> Result<(), OpenError> {
+        if self.path == Path::Remote {
+            return Ok(());
+        }
         let size = size(path, &self.fd)?;
         if size != self.shape.size {
             self.shape = self.shape.resized(size, self.tail.is_some());
@@ -154,6 +162,7 @@ impl Opening<'_> {
             discard,
             unit_bytes,
             locked,
+            remote: None,
         }
     }
 }
@@ -262,6 +271,7 @@ fn trial(fd: &OwnedFd, block: u32, memory: u32) -> Result<(), Errno> {
 fn physical_block(fd: &OwnedFd, image: &Image, block: u32) -> u32 {
     let told = match image.identity {
         Identity::Device { .. } => rustix::fs::ioctl_blkpbszget(fd).ok(),
+        Identity::Remote { .. } => None,
         Identity::File { device, .. } => from_sysfs(device),
     };
     let least = block.max(SECTOR_BYTES);
@@ -287,6 +297,7 @@ fn unit(fd: &OwnedFd, image: &Image) -> u32 {
 fn discard_unit(fd: &OwnedFd, image: &Image, shape: Shape) -> Option<DiscardUnit> {
     let unit = match image.identity {
         Identity::Device { number } => device_discard_unit(number)?,
+        Identity::Remote { .. } => return None,
         Identity::File { .. } => DiscardUnit { granularity_bytes: unit(fd, image), alignment_bytes: 0 },
     };
     let granularity_bytes = unit.granularity_bytes.max(shape.block).max(SECTOR_BYTES);

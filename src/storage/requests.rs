@@ -98,6 +98,9 @@ impl LinuxStorage {
         let slot = self.slots.at(number);
         let tail = slot.leg.way == Way::Tail && slot.stage == Stage::Move;
         let Some(file) = self.files.at(slot.io.file) else { return };
+        if file.path == Path::Remote {
+            return self.launch_remotely(number);
+        }
         let action = match slot.stage {
             Stage::Sync | Stage::Discard | Stage::Zero | Stage::Length => Action::Sync,
             Stage::Fetch | Stage::Fill => Action::Read,

@@ -32,6 +32,8 @@ pub(super) enum Way {
     Hole,
     /// `BLKZEROOUT`.
     Device,
+    /// `NBD_CMD_WRITE_ZEROES`.
+    Remote,
     /// By writing.
     Writing,
 }
@@ -41,6 +43,7 @@ impl Way {
     pub(super) fn first(path: Path, identity: Identity) -> Way {
         match identity {
             Identity::Device { .. } => Way::Device,
+            Identity::Remote { .. } => Way::Remote,
             Identity::File { .. } if path == Path::Memory => Way::Hole,
             Identity::File { .. } => Way::Range,
         }
@@ -50,13 +53,14 @@ impl Way {
     fn next(self) -> Way {
         match self {
             Way::Range => Way::Hole,
-            Way::Hole | Way::Device | Way::Writing => Way::Writing,
+            Way::Hole | Way::Device | Way::Remote | Way::Writing => Way::Writing,
         }
     }
 
     /// Whether an errno says that it is not known.
     fn is_unknown(self, errno: i32) -> bool {
-        StorageError::Os(errno).is_unsupported() || (self == Way::Device && errno == libc::EINVAL)
+        StorageError::Os(errno).is_unsupported()
+            || (matches!(self, Way::Device | Way::Remote) && errno == libc::EINVAL)
     }
 }
 
@@ -100,7 +104,8 @@ impl LinuxStorage {
             let result = self.zero_now(io, length);
             return self.end(io.token, result);
         }
-        if file.path != Path::Memory && length <= WRITTEN_BYTES {
+        let calls_cost = file.path != Path::Memory && file.zeroing != Way::Remote;
+        if calls_cost && length <= WRITTEN_BYTES {
             let span = self.zeroes(length);
             return self.queue_transfer(Io { kind: IoKind::Write, span, ..*io });
         }
@@ -184,7 +189,7 @@ impl LinuxStorage {
         let change = match file.zeroing {
             Way::Range => Change::ZeroRange,
             Way::Device => Change::ZeroDevice,
-            Way::Hole | Way::Writing => Change::Hole,
+            Way::Hole | Way::Remote | Way::Writing => Change::Hole,
         };
         (Order { fd: file.descriptor(false), change, ..nothing }, false)
     }

@@ -3,7 +3,7 @@
 use super::flight::Flight;
 use super::requests::Active;
 use super::{Descent, Disk, Op, Request, WorkId};
-use crate::format::{Prepared, Step, Wait};
+use crate::format::{Step, Wait};
 use crate::pages::Pages;
 use crate::{Extent, Place};
 
@@ -59,26 +59,9 @@ impl Disk {
         if self.read_only || self.shared.ledger.failed() || self.unlocked(extent)? != extent {
             return Ok(None);
         }
-        // New space is not taken only to be given back.
-        let run = self.ask(pages, 0, |leaf, cx| leaf.map(cx, extent))?;
-        if !matches!(run.place, Place::Data { .. }) || run.sectors < extent.sectors {
-            return Ok(None);
-        }
-        match self.ask(pages, 0, |leaf, cx| leaf.prepare(cx, extent))? {
-            Prepared::InPlace { offset_bytes, sectors } if sectors == extent.sectors => {
-                Ok(Some((self.leaf_image(), offset_bytes)))
-            }
-            Prepared::InPlace { .. } => Ok(None),
-            Prepared::Allocated(payout) => {
-                // Shared with a snapshot.
-                self.ask(pages, 0, |leaf, cx| {
-                    leaf.release(cx, &payout);
-                    Ok(())
-                })?;
-                self.poke = true;
-                Ok(None)
-            }
-        }
+        let found = self.ask(pages, 0, |leaf, cx| leaf.in_place(cx, extent))?;
+        let whole = found.filter(|(_, sectors)| *sectors >= extent.sectors);
+        Ok(whole.map(|(offset_bytes, _)| (self.leaf_image(), offset_bytes)))
     }
 
     /// The bytes have been moved, or not: whoever moved them knows.

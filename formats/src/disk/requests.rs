@@ -137,6 +137,10 @@ impl Disk {
                 Op::Status => self.status_some(pages, at, rest),
                 _ if self.read_only => Err(Failure::ReadOnly.into()),
                 _ if self.shared.ledger.failed() => Err(Failure::SyncFailed.into()),
+                // Pages that cannot be written stay in the cache of all disks: there must not be more and more of them.
+                _ if self.stuck && self.shared.ledger.dirty_pages() > self.limits.dirty_pages => {
+                    Err(self.failure.into())
+                }
                 _ => self.write_some(pages, at, rest, op),
             };
             match step {

@@ -28,6 +28,7 @@ impl Disk {
             Flight::PageIn(page) => self.page_read(pages, page, result, bytes),
             Flight::PageOut(page) => {
                 self.shared.ledger.write_ended(pages, page, result);
+                self.stuck = result.is_err();
                 if let Err(failure) = result {
                     self.pages_failed(failure);
                 }
@@ -40,7 +41,12 @@ impl Disk {
                     self.work_failed(pages, Failure::SyncFailed);
                 }
             }
-            Flight::InPlace(at) => self.in_place_ended(at),
+            Flight::InPlace(at) => {
+                self.in_place_ended(at);
+                if self.is_at_rest() {
+                    return;
+                }
+            }
             Flight::Guest(at) | Flight::StatusOut(at) => self.part_ended(at, result),
             Flight::Payment(at) => self.payment_part(pages, at, result),
             Flight::FillIn { payment, bounce, to_bytes } => {
@@ -77,6 +83,12 @@ impl Disk {
         }
         self.ready.append(&mut self.busy);
         self.advance(pages);
+    }
+
+    /// Nobody waits for anything to end.
+    fn is_at_rest(&self) -> bool {
+        let nobody = self.ready.is_empty() && self.busy.is_empty() && self.epochs.flushes() == 0;
+        nobody && !self.poke && !self.working && self.closing.is_none()
     }
 
     /// Runs whoever can run, until nobody can.

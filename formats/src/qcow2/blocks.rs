@@ -7,7 +7,7 @@ use crate::error::{Corruption, Failure};
 use crate::medium::Medium;
 use crate::qcow2::check::write_bytes;
 use crate::qcow2::header::Header;
-use crate::qcow2::walk::{Kind, Visitor, Walk};
+use crate::qcow2::walk::{Effort, Kind, Visitor, Walk};
 
 /// The blocks that the clusters in use need, and whether everything could be followed.
 struct Needed {
@@ -29,13 +29,17 @@ impl Visitor for Needed {
 
 /// Makes empty blocks, at the end of the file, for all clusters that are in use; their refcounts are then corrected like others. Does
 /// nothing where an entry cannot be followed, or the table is too short.
-pub(crate) fn add_missing(medium: &mut dyn Medium, header: &Header) -> Result<(), Failure> {
+pub(crate) fn add_missing(
+    medium: &mut dyn Medium,
+    header: &Header,
+    effort: &mut Effort,
+) -> Result<(), Failure> {
     let shape = header.shape;
     let (cluster, per_block) = (shape.cluster_bytes(), shape.refcounts_per_block());
     let (table, table_end) = header.reftable_range();
     let mut end = medium.length_bytes().div_ceil(cluster);
     let mut needed = Needed { per_block, numbers: BTreeSet::new(), sound: true };
-    Walk { medium, header, end }.all(&mut needed)?;
+    Walk { medium, header, end, effort }.all(&mut needed)?;
     if !needed.sound {
         return Ok(());
     }

@@ -10,7 +10,7 @@ use crate::error::{Corruption, Failure, Unsupported};
 use crate::medium::Medium;
 use crate::qcow2::header::{CORRUPT, DIRTY, Header, field};
 use crate::qcow2::shape::{COPIED, refcount, refcount_bytes};
-use crate::qcow2::walk::{Kind, Visitor, Walk};
+use crate::qcow2::walk::{Effort, Kind, Visitor, Walk};
 
 /// Clusters counted in one walk: 32 MiB of memory; 512 GiB of file at 64 KiB clusters.
 pub const WINDOW: u64 = 8 << 20;
@@ -107,8 +107,13 @@ impl Visitor for Counter<'_> {
 struct Marks {
     from: u64,
     counts: Vec<u32>,
+    /// How many, and the first of them: where, and whether to set it.
+    count: u64,
     wrong: Vec<(u64, bool)>,
 }
+
+/// Marks that are corrected with one walk.
+const MARKS_MAX: usize = 64 << 10;
 
 impl Visitor for Marks {
     fn reference(&mut self, first: u64, _: u64, kind: Kind) {
@@ -116,7 +121,10 @@ impl Visitor for Marks {
         let within = first.checked_sub(self.from).map(index);
         let Some(&count) = within.and_then(|at| self.counts.get(at)) else { return };
         if (count == 1) != copied {
-            self.wrong.push((entry_at, !copied));
+            self.count += 1;
+            if self.wrong.len() < MARKS_MAX {
+                self.wrong.push((entry_at, !copied));
+            }
         }
     }
 
@@ -128,11 +136,15 @@ impl Visitor for Marks {
 /// # Errors
 /// What is wrong with the header, or what the medium says.
 pub fn check(medium: &mut dyn Medium, fix: Fix) -> Result<Report, Unsupported> {
+    check_within(medium, fix, Effort::new())
+}
+
+fn check_within(medium: &mut dyn Medium, fix: Fix, mut effort: Effort) -> Result<Report, Unsupported> {
     let header = Header::read(medium)?;
     if fix == Fix::All {
-        crate::qcow2::blocks::add_missing(medium, &header)?;
+        crate::qcow2::blocks::add_missing(medium, &header, &mut effort)?;
     }
-    let report = recount(medium, &header, fix)?;
+    let report = recount_within(medium, &header, fix, &mut effort)?;
     if fix != Fix::Nothing {
         unmark(medium, &header, &report)?;
     }
@@ -144,15 +156,24 @@ pub fn check(medium: &mut dyn Medium, fix: Fix) -> Result<Report, Unsupported> {
 /// # Errors
 /// What the medium says.
 pub(crate) fn recount(medium: &mut dyn Medium, header: &Header, fix: Fix) -> Result<Report, Failure> {
+    recount_within(medium, header, fix, &mut Effort::new())
+}
+
+fn recount_within(
+    medium: &mut dyn Medium,
+    header: &Header,
+    fix: Fix,
+    effort: &mut Effort,
+) -> Result<Report, Failure> {
     let end = medium.length_bytes().div_ceil(header.shape.cluster_bytes());
     let mut report = Report { clusters: end, ..Report::default() };
     let mut from = 0;
     while from < end.max(1) {
         let length = WINDOW.min(end - from);
-        check_window(medium, header, (from, length, end), fix, &mut report)?;
+        check_window(medium, header, (from, length, end), fix, (&mut report, effort))?;
         from += WINDOW;
     }
-    check_behind(medium, header, end, &mut report)?;
+    check_behind(medium, header, end, (&mut report, effort))?;
     Ok(report)
 }
 
@@ -161,13 +182,15 @@ fn check_window(
     header: &Header,
     window: (u64, u64, u64),
     fix: Fix,
-    report: &mut Report,
+    result: (&mut Report, &mut Effort),
 ) -> Result<(), Failure> {
     let (from, length, end) = window;
+    let (report, effort) = result;
+    effort.spend(length * 8)?;
     let counts = alloc::vec![0_u32; index(length)];
     let first = from == 0;
     let mut counter = Counter { from, counts, report: first.then_some(&mut *report) };
-    Walk { medium, header, end }.all(&mut counter)?;
+    Walk { medium, header, end, effort }.all(&mut counter)?;
     let counts = counter.counts;
     // What cannot be followed may be anything: nothing is written on the strength of it.
     let structural = report.structural;
@@ -176,20 +199,39 @@ fn check_window(
     // What is counted too seldom is not alone, whatever its refcount says.
     let trusted = report.corruptions == report.corruptions_repaired;
     // Marks are judged by the refcounts that are there after the repair.
-    let mut marks = Marks { from, counts: stored, wrong: Vec::new() };
-    Walk { medium, header, end }.all(&mut marks)?;
-    for (entry_at, copied) in marks.wrong {
+    let mut marks = Marks { from, counts: stored, count: 0, wrong: Vec::new() };
+    Walk { medium, header, end, effort }.all(&mut marks)?;
+    for &(entry_at, _) in marks.wrong.iter().take(FINDINGS_MAX) {
         report.corrupt("mark of being the only one does not fit the refcount", entry_at);
-        if fix.low() || fix.leaks() && copied && trusted {
-            let mut entry = [0; 8];
-            medium.read(entry_at, &mut entry)?;
-            let value = be64(&entry, 0);
-            let value = if copied { value | COPIED } else { value & !COPIED };
-            write_bytes(medium, entry_at, &value.to_be_bytes())?;
-            report.corruptions_repaired += 1;
-        }
     }
-    Ok(())
+    let told = (marks.wrong.len().min(FINDINGS_MAX)) as u64;
+    report.corruptions += marks.count - told;
+    let mends = |copied: bool| fix.low() || fix.leaks() && copied && trusted;
+    loop {
+        let more = marks.count > marks.wrong.len() as u64;
+        let mut mended = 0;
+        for (entry_at, copied) in core::mem::take(&mut marks.wrong) {
+            if mends(copied) {
+                mark(medium, entry_at, copied)?;
+                mended += 1;
+            }
+        }
+        report.corruptions_repaired += mended;
+        if mended == 0 || !more {
+            return Ok(());
+        }
+        marks.count = 0;
+        Walk { medium, header, end, effort }.all(&mut marks)?;
+    }
+}
+
+/// Marks an entry as the only one that names its cluster, or as one of several.
+fn mark(medium: &mut dyn Medium, entry_at: u64, copied: bool) -> Result<(), Failure> {
+    let mut entry = [0; 8];
+    medium.read(entry_at, &mut entry)?;
+    let value = be64(&entry, 0);
+    let value = if copied { value | COPIED } else { value & !COPIED };
+    write_bytes(medium, entry_at, &value.to_be_bytes())
 }
 
 /// Compares what is counted with what is named; gives the refcounts that are there afterwards.
@@ -265,8 +307,9 @@ fn check_behind(
     medium: &mut dyn Medium,
     header: &Header,
     end: u64,
-    report: &mut Report,
+    result: (&mut Report, &mut Effort),
 ) -> Result<(), Failure> {
+    let (report, effort) = result;
     let shape = header.shape;
     let per_block = shape.refcounts_per_block();
     let (at, to) = header.reftable_range();
@@ -277,6 +320,7 @@ fn check_behind(
         if entry == 0 || (number + 1) * per_block <= end || entry % shape.cluster_bytes() != 0 {
             continue;
         }
+        effort.spend(per_block * 8)?;
         medium.read(entry, &mut block)?;
         for cluster in end.max(number * per_block)..(number + 1) * per_block {
             report.leaks += u64::from(refcount(&block, shape.refcount_order, cluster % per_block) != 0);
@@ -307,4 +351,59 @@ pub(crate) fn write_bytes(medium: &mut dyn Medium, at: u64, bytes: &[u8]) -> Res
     medium.read(at - within, &mut sector)?;
     put(&mut sector, index(within), bytes);
     medium.write(at - within, &sector)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::qcow2::create::{Create, create};
+
+    struct Bytes(Vec<u8>);
+
+    impl Medium for Bytes {
+        fn length_bytes(&mut self) -> u64 {
+            self.0.len() as u64
+        }
+        fn read(&mut self, at: u64, bytes: &mut [u8]) -> Result<(), Failure> {
+            bytes.fill(0);
+            let found = self.0.get(index(at)..).unwrap_or_default();
+            bytes.iter_mut().zip(found).for_each(|(to, from)| *to = *from);
+            Ok(())
+        }
+        fn write(&mut self, at: u64, bytes: &[u8]) -> Result<(), Failure> {
+            put(&mut self.0, index(at), bytes);
+            Ok(())
+        }
+        fn zero(&mut self, _: u64, _: u64) -> Result<(), Failure> {
+            Ok(())
+        }
+        fn set_length(&mut self, length: u64) -> Result<(), Failure> {
+            self.0.resize(index(length), 0);
+            Ok(())
+        }
+        fn sync(&mut self) -> Result<(), Failure> {
+            Ok(())
+        }
+    }
+
+    /// An L1 table may name one L2 table as often as it is long.
+    #[test]
+    fn the_effort_of_a_check_is_bounded() {
+        let mut medium = Bytes(Vec::new());
+        let mut what = Create::new(32 << 20);
+        what.shape.cluster_bits = 9;
+        create(&mut medium, &what).unwrap();
+        let end = medium.0.len();
+        medium.0.resize(end + 512, 0);
+        let l1 = index(be64(&medium.0, 40));
+        for number in 0..1024 {
+            put(&mut medium.0, l1 + number * 8, &(end as u64 | COPIED).to_be_bytes());
+        }
+        // Each window of clusters counts, as does each table.
+        let (window, tables) = (medium.0.len() as u64 / 512 * 8, 1024 * 512);
+        let within = |medium: &mut Bytes, bytes| check_within(medium, Fix::Nothing, Effort::of(bytes));
+        let few = within(&mut medium, window + tables);
+        assert!(matches!(few, Err(Unsupported::Malformed(what)) if what.what.contains("minutes")), "{few:?}");
+        assert!(within(&mut medium, 2 * (window + tables) + (256 << 10)).is_ok());
+    }
 }

@@ -260,10 +260,28 @@ impl Header {
                 return Err(wrong(what, at));
             }
         }
-        if l1.0 < reftable.1 && reftable.0 < l1.1 {
+        let overlap = |one: (u64, u64), other: (u64, u64)| one.0 < other.1 && other.0 < one.1;
+        if overlap(l1, reftable) {
             return Err(wrong("L1 table and refcount table overlap", field::L1_OFFSET));
         }
+        // The directory is written when the image is: no entry of it may be a part of something else.
+        if let Some(bitmaps) = self.trusted_bitmaps() {
+            let to = bitmaps.directory_offset.saturating_add(bitmaps.directory_bytes.next_multiple_of(512));
+            let directory = (bitmaps.directory_offset, to);
+            if to > end {
+                return Err(wrong("bitmap directory beyond the file", 0));
+            }
+            if overlap(directory, (0, cluster)) || overlap(directory, l1) || overlap(directory, reftable) {
+                return Err(wrong("bitmap directory over the header or a table", 0));
+            }
+        }
         Ok(())
+    }
+
+    /// The persistent bitmaps, if they count: one who does not know them clears their autoclear bit.
+    #[must_use]
+    pub fn trusted_bitmaps(&self) -> Option<Bitmaps> {
+        self.bitmaps.filter(|_| self.autoclear & BITMAPS_CONSISTENT != 0)
     }
 
     /// First byte of the active L1 table and the first behind it, whole clusters.

@@ -51,14 +51,13 @@ pub(super) struct Marks {
 impl Marks {
     pub(super) fn new(header: &Header) -> Marks {
         let has_bits = header.shape.version >= 3;
-        let trusted = header.autoclear & BITMAPS_CONSISTENT != 0;
         Marks {
             current: None,
             failure: None,
             wanted: false,
             has_bits,
             open: !has_bits,
-            bitmaps: header.bitmaps.filter(|_| trusted),
+            bitmaps: header.trusted_bitmaps(),
             corrupt: false,
             reftable: None,
             reftable_written: false,
@@ -76,9 +75,9 @@ impl Marks {
         self.wanted = true;
     }
 
-    /// Whether the image is marked as being open.
+    /// Whether something is to be written and the image is marked as being open: before that, not even space is reserved.
     pub(super) fn ready(&self) -> bool {
-        self.open
+        self.open && self.wanted
     }
 
     /// Whether anything can have been written.

@@ -35,6 +35,30 @@ pub(crate) struct Walk<'a> {
     pub(crate) header: &'a Header,
     /// Clusters of the file.
     pub(crate) end: u64,
+    pub(crate) effort: &'a mut Effort,
+}
+
+/// What a check may cost: an image can name one table millions of times, and a sparse file can be of any length.
+#[derive(Debug)]
+pub(crate) struct Effort(u64);
+
+impl Effort {
+    /// 256 GiB of tables: minutes. A sound image of 16 TiB with clusters of 64 KiB has 2 GiB of them, which are read 64 times.
+    pub(crate) fn new() -> Effort {
+        Effort(256 << 30)
+    }
+
+    #[cfg(test)]
+    pub(crate) fn of(bytes: u64) -> Effort {
+        Effort(bytes)
+    }
+
+    /// Looks at so many bytes.
+    pub(crate) fn spend(&mut self, bytes: u64) -> Result<(), Failure> {
+        let what = "more tables than can be checked in minutes";
+        self.0 = self.0.checked_sub(bytes).ok_or(Failure::Corrupt(Corruption { what, at_bytes: 0 }))?;
+        Ok(())
+    }
 }
 
 impl Walk<'_> {
@@ -60,6 +84,7 @@ impl Walk<'_> {
     }
 
     fn read(&mut self, offset: u64, bytes: u64) -> Result<Vec<u8>, Failure> {
+        self.effort.spend(bytes)?;
         let mut out = alloc::vec![0; index(bytes)];
         self.medium.read(offset, &mut out)?;
         Ok(out)
@@ -152,6 +177,10 @@ impl Walk<'_> {
         let start = self.header.snapshots_offset;
         let mut at = start;
         for _ in 0..self.header.snapshots {
+            if at / self.header.shape.cluster_bytes() >= self.end {
+                Walk::wrong(visitor, "snapshot table beyond the end of the file", 64);
+                return Ok(());
+            }
             let entry = self.read(at, 40)?;
             let (l1, entries) = (be64(&entry, 0), be32(&entry, 8));
             let names = u64::from(be16(&entry, 12)) + u64::from(be16(&entry, 14));
@@ -171,10 +200,9 @@ impl Walk<'_> {
         Ok(())
     }
 
-    /// Bitmaps count as long as the header names them, as with qemu: also when they are not to be trusted.
+    /// Bitmaps that are not to be trusted are leaks, as with qemu, which drops them.
     fn bitmaps(&mut self, visitor: &mut dyn Visitor) -> Result<(), Failure> {
-        let trusted = self.header.autoclear & crate::qcow2::header::BITMAPS_CONSISTENT != 0;
-        let Some(bitmaps) = self.header.bitmaps.filter(|_| trusted) else { return Ok(()) };
+        let Some(bitmaps) = self.header.trusted_bitmaps() else { return Ok(()) };
         let at = bitmaps.directory_offset;
         if !self.name(visitor, at, bitmaps.directory_bytes, Kind::Meta, at) {
             return Ok(());

@@ -261,6 +261,14 @@ impl Image<'_> {
             if room > used {
                 medium.zero(batmap.header.map_bytes() + used, room - used)?;
             }
+            let mut map = alloc::vec![0; batmap.map.len()];
+            medium.read(batmap.header.map_bytes(), &mut map)?;
+            if map != batmap.map {
+                let mut header = batmap.header;
+                header.set_map(header.map_bytes(), &batmap.map);
+                medium.write(header.map_bytes(), &batmap.map)?;
+                medium.write(batmap.at_bytes, &header.0)?;
+            }
         }
         medium.sync()?;
         Ok(())

@@ -63,7 +63,8 @@ pub struct Batmap {
     pub header: BatmapHeader,
     /// Where the header lies.
     pub at_bytes: u64,
-    /// The part in use; empty where the checksum does not fit, so that nothing is taken from it.
+    /// The part in use, without what it says of blocks behind the disk; empty where the checksum does not fit, so that nothing is
+    /// taken from it.
     pub map: Vec<u8>,
 }
 
@@ -245,7 +246,9 @@ impl Headers {
         }
         let mut map = alloc::vec![0; index(used)];
         medium.read(from, &mut map)?;
-        if !header.fits(&map) {
+        if header.fits(&map) {
+            only_first(&mut map, self.blocks());
+        } else {
             map.clear();
         }
         self.region("batmap header", at_bytes, 512)?;
@@ -298,6 +301,14 @@ impl Headers {
     pub fn parent_uuid(&self) -> Option<Option<[u8; 16]>> {
         let header = self.header.as_ref().filter(|_| self.footer.kind() == Kind::Differencing)?;
         Some(Some(header.parent_uuid()).filter(|uuid| uuid != &[0; 16]))
+    }
+}
+
+/// Clears all bits but the first so many.
+fn only_first(map: &mut [u8], bits: u32) {
+    for (at, byte) in (0_u32..).zip(map) {
+        let left = bits.saturating_sub(at.saturating_mul(8)).min(8);
+        *byte &= !0xff_u8.checked_shr(left).unwrap_or(0);
     }
 }
 

@@ -19,6 +19,9 @@ impl Vhd {
     pub(super) fn go_on(&mut self, cx: &mut Context<'_>) -> Step<()> {
         let Some(space) = self.space.as_mut().filter(|space| !space.fixed) else { return Ok(()) };
         space.closing = None;
+        if self.corruption.is_some() {
+            return Ok(());
+        }
         reclaim(space, cx);
         let made = make_ready(space, cx);
         let due = |space: &Space| {
@@ -134,6 +137,7 @@ pub(super) fn make_ready(space: &mut Space, cx: &mut Context<'_>) -> Step<()> {
             return if space.demand { Err(failure.into()) } else { Ok(()) };
         }
         match chunk.stage {
+            Stage::Length => zero_old(space, cx),
             Stage::Zeroing => write_bitmaps(space, cx),
             Stage::Bitmaps => chunk.stage = Stage::Sync(cx.tick()),
             Stage::Sync(tick) => {
@@ -147,27 +151,33 @@ pub(super) fn make_ready(space: &mut Space, cx: &mut Context<'_>) -> Step<()> {
     }
 }
 
-/// Makes the file longer, and zeroes what may hold old bytes and would be read.
+/// Makes the file longer.
 fn begin(space: &mut Space, cx: &mut Context<'_>, mut chunk: Chunk) {
-    let order =
-        |cx: &mut Context<'_>, offset_bytes, kind| cx.order(Order { tag: tag::CHUNK, offset_bytes, kind });
     let length_bytes = chunk.end_sector * SECTOR_BYTES + FOOTER_BYTES;
     space.footer_stale = true;
     if space.grows && length_bytes > space.length_bytes && chunk.starts.len() > chunk.reused {
         // One sector more than blocks need, so that no crash makes a sector of a guest's the last one, where footers are looked for.
-        order(cx, length_bytes, OrderKind::SetLength);
+        cx.order(Order { tag: tag::CHUNK, offset_bytes: length_bytes, kind: OrderKind::SetLength });
         chunk.outstanding += 1;
     }
-    if !space.exact && !space.planted.no_zeroing {
-        for (at, &start) in chunk.starts.iter().enumerate() {
-            let offset_bytes = u64::from(start) * SECTOR_BYTES;
-            if at < chunk.reused || offset_bytes < space.zero_from {
-                order(cx, offset_bytes, OrderKind::Zero(space.stride * SECTOR_BYTES));
-                chunk.outstanding += 1;
-            }
+    space.chunk = Some(chunk);
+}
+
+/// Zeroes what may hold old bytes and would be read.
+fn zero_old(space: &mut Space, cx: &mut Context<'_>) {
+    let Some(chunk) = &mut space.chunk else { return };
+    chunk.stage = Stage::Zeroing;
+    if space.exact || space.planted.no_zeroing {
+        return;
+    }
+    for (at, &start) in chunk.starts.iter().enumerate() {
+        let offset_bytes = u64::from(start) * SECTOR_BYTES;
+        if at < chunk.reused || offset_bytes < space.zero_from {
+            let kind = OrderKind::Zero(space.stride * SECTOR_BYTES);
+            cx.order(Order { tag: tag::CHUNK, offset_bytes, kind });
+            chunk.outstanding += 1;
         }
     }
-    space.chunk = Some(chunk);
 }
 
 /// Full bitmaps where every sector reads as zero by itself, else empty ones where what is there may be something else.

@@ -60,7 +60,9 @@ pub(super) struct Pending {
 /// How far a chunk has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stage {
-    /// Space is made, and made to read as zero.
+    /// Space is made,
+    Length,
+    /// and made to read as zero.
     Zeroing,
     /// Bitmaps are written.
     Bitmaps,
@@ -207,7 +209,7 @@ impl Space {
             end_sector = start + self.stride;
         }
         self.next_blocks = (count * 2).min(CHUNK_MAX);
-        Chunk { starts, stage: Stage::Zeroing, outstanding: 0, failed: None, reused, end_sector }
+        Chunk { starts, stage: Stage::Length, outstanding: 0, failed: None, reused, end_sector }
     }
 
     /// Gives up a chunk: nothing is known of what its space reads as.
@@ -223,6 +225,13 @@ impl Space {
     /// Whether space may still come: from a chunk or from blocks that were freed.
     pub(super) fn hopes(&self) -> bool {
         self.chunk.is_some() || !self.free.is_empty() || !self.freed.is_empty() || self.punching > 0
+    }
+
+    /// Whether transfers of the image's own are on their way.
+    pub(super) fn in_flight(&self) -> bool {
+        let chunk = self.chunk.as_ref().map_or(0, |chunk| chunk.outstanding);
+        let footer = matches!(self.closing, Some(Closing::Footer { outstanding: 1.., .. }));
+        chunk > 0 || footer || self.punching > 0 || self.map_outstanding > 0
     }
 
     pub(super) fn pending_of(&mut self, block: u32) -> Option<&mut Pending> {

@@ -163,7 +163,8 @@ impl Client {
             }
             self.waits = session.waits;
             let partial = !session.waits && (self.input.start < self.input.end || session.mid_message());
-            let since = self.partial_since.filter(|_| !std::mem::take(&mut session.whole));
+            let whole = std::mem::take(&mut session.whole);
+            let since = self.partial_since.filter(|_| !whole);
             self.partial_since = partial.then_some(since.unwrap_or(cx.now));
         }
         true

@@ -399,8 +399,8 @@ impl Session {
         let Some(active) = slot.and_then(Option::take) else { return };
         self.free.push(place);
         if !is_empty(active.span) {
+            cx.budget.give_back(self.held_bytes, active.span, cx.disks.buffers());
             self.held_bytes -= super::budget::pages(active.span);
-            cx.budget.give_back(active.span, cx.disks.buffers());
         }
     }
 

@@ -222,7 +222,9 @@ impl Qcow2 {
         loop {
             let entries = (number + blocks + 1).max(self.reftable.entries * 3 / 2);
             clusters = (entries * 8).div_ceil(cluster_bytes).max(clusters);
-            if blocks * per_block >= blocks + clusters {
+            if blocks * per_block >= blocks + clusters
+                || clusters << bits > REFTABLE_BYTES_MAX.max(cluster_bytes)
+            {
                 break;
             }
             blocks += 1;
