@@ -231,6 +231,19 @@ fn images_in_use_are_left_alone() {
     }
     drop(file);
     dir.image("check qcow2:a.qcow2");
+    // And by qemu, which holds it until it has no more commands to read.
+    let mut qemu = dir.command("qemu-io -f qcow2 a.qcow2");
+    let mut qemu =
+        qemu.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped()).spawn().unwrap();
+    let mut byte = [0];
+    std::io::Read::read_exact(qemu.stdout.as_mut().unwrap(), &mut byte).unwrap();
+    for words in ["resize qcow2:a.qcow2 2M", "snapshot -c x qcow2:a.qcow2", "create qcow2:a.qcow2 1M"] {
+        let (_, text) = dir.refused(words);
+        assert!(text.contains("or qemu"), "{words}: {text}");
+    }
+    drop(qemu.stdin.take());
+    qemu.wait().unwrap();
+    dir.image("resize qcow2:a.qcow2 2M");
 }
 
 #[test]
