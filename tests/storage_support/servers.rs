@@ -45,6 +45,12 @@ impl Server {
         self.child = start(&self.command, &self.socket);
     }
 
+    /// Ends it as an operator does.
+    pub fn terminate(mut self) {
+        self.signal("-TERM");
+        assert!(self.child.wait().unwrap().success());
+    }
+
     pub fn signal(&self, name: &str) {
         let pid = self.child.id().to_string();
         assert!(Command::new("kill").args([name, &pid]).status().unwrap().success());

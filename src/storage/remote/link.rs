@@ -50,6 +50,8 @@ enum Link {
 #[derive(Debug)]
 pub(super) struct Remote {
     pub session: Session<Span>,
+    /// It has got requests that were not sent yet.
+    pub dirty: bool,
     goal: Arc<Goal>,
     number: u32,
     use_count: u64,
@@ -72,6 +74,7 @@ impl Remote {
         let Connected { socket, export, goal } = connected;
         let mut remote = Remote {
             session: session_for(export, goal.writable).ok()?,
+            dirty: false,
             goal,
             number,
             use_count,
