@@ -92,11 +92,14 @@ pub(super) fn stretch(chain: &mut Chain, from: u64, end: u64) -> Result<(What, u
 /// The last cluster that was unpacked: its neighbours within a part often come from the same.
 type Unpacked = (Option<(Arc<File>, u64)>, Vec<u8>);
 
-/// Fills a part of so many bytes.
+/// Fills a part of so many bytes: all of it is named, or nothing, which is zero.
 ///
 /// # Errors
 /// What the system says, and clusters that do not unpack.
 pub(super) fn fill(fills: &[Fill], length: usize, part: &mut Vec<u8>) -> Result<(), Failed> {
+    if fills.is_empty() {
+        part.clear();
+    }
     part.resize(length, 0);
     let mut unpacked: Unpacked = (None, Vec::new());
     for fill in fills {

@@ -2,9 +2,10 @@
 
 use std::rc::Rc;
 
-use formats::{Failure, Medium};
+use formats::qcow2::check::{Fix, check};
+use formats::{Disk, Extent, Failure, Limits, Medium, Op, Pages, Payload, Request, WorkKind};
 use vbdd::chains::{self, Found, Library, Wish};
-use vbdd::params::Image;
+use vbdd::params::{Format, Image};
 use vbdd::storage::{Access, FileId, Identity, Layer, OpenError};
 
 use super::Shared;
@@ -98,5 +99,66 @@ impl Medium for Bytes {
 
     fn sync(&mut self) -> Result<(), Failure> {
         Ok(())
+    }
+}
+
+/// An image of a format over a raw one that has the model's first content (a VHD has copied it).
+pub fn create(shared: &Rc<Shared>, path: &str, sectors: usize, format: Format) -> usize {
+    shared.media.borrow_mut().create(&format!("{path}.base"), sectors, true);
+    let image = shared.media.borrow_mut().create(path, 1, false);
+    let mut medium = Bytes::new(shared.clone(), image);
+    let size_bytes = (sectors * SECTOR) as u64;
+    if format == Format::Qcow2 {
+        let mut what = formats::qcow2::create::Create::new(size_bytes);
+        what.shape.cluster_bits = [9, 10, 12][shared.index(3)];
+        what.backing = Some((format!("{path}.base"), "raw".into()));
+        formats::qcow2::create::create(&mut medium, &what).unwrap();
+    } else {
+        let uuid = [image as u8 + 1; 16];
+        let what = formats::vhd::create::Create::snapshot_of_raw(size_bytes, format!("{path}.base"), uuid, 0);
+        formats::vhd::create::create(&mut medium, &what).unwrap();
+    }
+    shared.media.borrow_mut().formats.insert(image, format);
+    image
+}
+
+/// What somebody reads who opens an image now; of one with a format also whether it is sound.
+pub fn contents(shared: &Rc<Shared>, image: usize) -> Result<Vec<[u8; SECTOR]>, String> {
+    let named = shared.media.borrow().image(image);
+    if named.format == Format::Raw {
+        return Ok(shared.media.borrow().bytes(image).as_chunks().0.to_vec());
+    }
+    if named.format == Format::Qcow2 {
+        let report =
+            check(&mut Bytes::new(shared.clone(), image), Fix::Nothing).map_err(|why| why.to_string())?;
+        if report.corruptions > 0 {
+            return Err(format!("{}: {report:?}", named.path));
+        }
+    }
+    let wish = Wish { writable: false, parents: true };
+    let links = chains::open(&mut Shelf(shared.clone()), &named, wish).map_err(|error| error.to_string())?;
+    let (mut files, mut layers) = (Vec::new(), Vec::new());
+    for (number, link) in (0..).zip(links) {
+        files.push(link.medium);
+        layers.push((number, link.format));
+    }
+    let (mut disk, mut pages) = (Disk::new(1, layers, true, Limits::default()), Pages::of_pages(64));
+    let sectors = disk.geometry().sectors;
+    let mut memory = vec![0; sectors as usize * SECTOR];
+    let extent = Extent { sector: 0, sectors };
+    disk.submit(&mut pages, Request { token: 0, op: Op::Read, extent });
+    while let Some(work) = disk.next_work() {
+        let mut bytes = vec![0; work.length_bytes as usize];
+        if work.kind == WorkKind::Read {
+            files[work.image as usize].read(work.offset_bytes, &mut bytes).unwrap();
+        }
+        if let Payload::Guest { offset_bytes, .. } = work.payload {
+            memory[offset_bytes as usize..][..bytes.len()].copy_from_slice(&bytes);
+        }
+        disk.done(&mut pages, work.id, Ok(()), &bytes);
+    }
+    match disk.next_outcome().map(|outcome| outcome.result) {
+        Some(Ok(())) => Ok(memory.as_chunks().0.to_vec()),
+        other => Err(format!("{} cannot be read: {other:?}", named.path)),
     }
 }

@@ -118,6 +118,8 @@ pub struct Media {
     /// Devices of limited speed, and on which of them an image lies. Other transfers take what `Faults` says.
     pub devices: Vec<Device>,
     pub device_of: BTreeMap<usize, usize>,
+    /// Images that have a format.
+    pub formats: BTreeMap<usize, Format>,
 }
 
 impl Media {
@@ -141,6 +143,12 @@ impl Media {
             room,
         });
         self.images.len() - 1
+    }
+
+    /// How an image is to be opened.
+    pub fn image(&self, image: usize) -> Image {
+        let format = self.formats.get(&image).copied().unwrap_or(Format::Raw);
+        Image { format, path: self.images[image].path.clone() }
     }
 
     /// The image that goes by a path, and whether it is read-only.

@@ -68,7 +68,7 @@ impl Qcow2 {
         let Cluster::Plain { copied: true, .. } = *first else { return Ok(None) };
         let run = self.run_at(cx, at, first, extent);
         let Place::Data { offset_bytes } = run.place else { return Ok(None) };
-        let within = bytes_of(extent.sector) % self.shape.cluster_bytes();
+        let within = self.shape.within(bytes_of(extent.sector));
         let length = self.copied_bytes(cx, at, within, bytes_of(run.sectors))?;
         Ok(Some((offset_bytes, length / SECTOR_BYTES)))
     }
@@ -82,11 +82,11 @@ impl Qcow2 {
 
     /// Of a run of data, how much is only this tree's.
     fn copied_bytes(&self, cx: &Context<'_>, at: At, within: u64, length: u64) -> Step<u64> {
-        let whole = self.shape.cluster_bytes();
-        for further in 1..(within + length).div_ceil(whole) {
+        let bits = self.shape.cluster_bits;
+        for further in 1..=(within + length - 1) >> bits {
             let own = matches!(self.cluster(cx, at, further)?, Cluster::Plain { copied: true, .. });
             if !own {
-                return Ok(further * whole - within);
+                return Ok((further << bits) - within);
             }
         }
         Ok(length)
