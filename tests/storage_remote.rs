@@ -169,7 +169,7 @@ impl Load {
 #[test]
 fn every_server_is_understood_under_load() {
     let size = 4 << 20;
-    let kits: [(&str, &[&str]); 6] = [
+    let kits: [(&str, &[&str]); 7] = [
         ("nbdkit", &["nbdkit", "-f", "-U", "SOCKET", "file", "DIR/image"]),
         ("nbdkit, simple replies", &["nbdkit", "-f", "-U", "SOCKET", "--no-sr", "file", "DIR/image"]),
         (
@@ -206,19 +206,29 @@ fn every_server_is_understood_under_load() {
             "qemu-nbd, no cache",
             &["qemu-nbd", "-t", "-k", "SOCKET", "-f", "raw", "--cache=none", "--aio=native", "DIR/image"],
         ),
+        ("nbd-server", &["nbd-server", "-d", "-C", "DIR/conf"]),
     ];
     for (name, command) in kits {
         let directory = place("remote-load");
-        directory.file("image", &pattern(size, 3));
+        let image = directory.file("image", &pattern(size, 3));
+        let socket = directory.path("s");
+        let conf = format!(
+            "[generic]\nunixsock = {socket}\nport = 0\nlistenaddr = 127.0.0.1\n\
+             [disk]\nexportname = {image}\nflush = true\nfua = true\ntrim = true\n"
+        );
+        directory.file("conf", conf.as_bytes());
         let server = Server::new(&directory, command);
         let mut rig = rig(&directory, None);
-        let opened = rig.open(&server.uri(), Access::ReadWrite).unwrap();
+        let export = if name == "nbd-server" { "disk" } else { "" };
+        let uri = format!("nbd+unix:///{export}?socket={socket}");
+        let opened = rig.open(&uri, Access::ReadWrite).unwrap();
         let mut load = Load::new(opened.file, 0x5eed, pattern(size, 3));
         load.run(&mut rig, 3000, 32);
         assert_eq!(load.failed, 0, "{name}");
         rig.flush(opened.file).unwrap();
         assert!(std::fs::read(directory.path("image")).unwrap() == load.shadow, "{name}");
         rig.storage.close(opened.file);
+        drop(server);
     }
 }
 
