@@ -78,6 +78,8 @@ impl Daemon {
         let storage = LinuxStorage::new(&StorageOptions {
             engine: options.engine,
             roots: options.roots.clone(),
+            servers: options.servers.clone(),
+            server_patience: options.server_patience,
             pool_bytes: DATA_MEMORY_BYTES + nbd_memory,
             ..StorageOptions::default()
         })

@@ -4,7 +4,9 @@ use super::*;
 
 #[repr(align(4096))]
 #[derive(Clone)]
-struct Page([u8; 4096]);
+struct Page {
+    _bytes: [u8; 4096],
+}
 
 /// A state directory that outlives the processes of a test.
 #[derive(Clone, Default)]
@@ -14,7 +16,7 @@ impl JournalStore for Directory {
     fn open(&mut self, name: &str, length_bytes: usize) -> Option<Memory> {
         let mut files = self.0.borrow_mut();
         let pages = length_bytes.div_ceil(4096);
-        let file = files.entry(name.into()).or_insert_with(|| vec![Page([0; 4096]); pages].into());
+        let file = files.entry(name.into()).or_insert_with(|| vec![Page { _bytes: [0; 4096] }; pages].into());
         // SAFETY: aligned, as long as asked for, and the box stays where it is.
         Some(unsafe { Memory::new(file.as_mut_ptr().cast(), length_bytes) })
     }
