@@ -6,11 +6,15 @@
 //! ```text
 //! raw:PATH  aio:PATH  qcow2:PATH  vhd:PATH   the format named; vpc: is vhd:
 //! tap:aio:PATH  tap2:aio:PATH                xend, xl (blktap); with or without "tapdisk:" in the middle
+//! raw:nbd://HOST/EXPORT  and the like         what lies on an NBD server: see nbd::client::address
 //! file:PATH  phy:PATH  phy:NAME              xend, libvirt; NAME is relative to /dev
 //! PATH                                       only with type=phy or type=file: those say "raw"
 //! ```
 
 use std::fmt;
+
+use crate::nbd::client::Address;
+use crate::nbd::client::address::is_remote;
 
 /// The longest path that is taken, in bytes: Linux's own bound.
 pub const PATH_MAX_BYTES: usize = 4095;
@@ -57,7 +61,8 @@ impl Format {
 pub struct Image {
     /// Its format, as named.
     pub format: Format,
-    /// Its absolute path. Whether it lies below an allowed root is decided when it is opened.
+    /// Its absolute path, or the address of an NBD server. Whether it lies below an allowed root, or is an allowed server, is
+    /// decided when it is opened.
     pub path: String,
 }
 
@@ -80,6 +85,8 @@ pub enum ParamsError {
     RelativePath(String),
     /// A path with a `..` in it.
     ParentInPath,
+    /// What looks like the address of a server, and is none: why.
+    BadServer(&'static str),
     /// A path with control characters, or longer than [`PATH_MAX_BYTES`].
     BadPath,
 }
@@ -109,6 +116,7 @@ impl fmt::Display for ParamsError {
             ParamsError::ParentInPath => {
                 f.write_str("the path in params has a \"..\" in it: write it without")
             }
+            ParamsError::BadServer(why) => write!(f, "params names no NBD server: {why}"),
             ParamsError::BadPath => write!(
                 f,
                 "the path in params has control characters or is longer than {PATH_MAX_BYTES} bytes: use another"
@@ -162,7 +170,7 @@ fn named(text: &str) -> Result<Image, ParamsError> {
         "vmdk" => Err(ParamsError::NotServed("vmdk")),
         "vdi" => Err(ParamsError::NotServed("vdi")),
         "vhdx" => Err(ParamsError::NotServed("vhdx")),
-        "nbd" | "nbds" | "nbd+unix" | "nbd+tcp" | "nbds+unix" => Err(ParamsError::NotLocal("nbd")),
+        "nbd" | "nbds" | "nbd+unix" | "nbd+tcp" | "nbds+unix" => Err(ParamsError::NoFormat),
         "iscsi" => Err(ParamsError::NotLocal("iscsi")),
         "rbd" => Err(ParamsError::NotLocal("rbd")),
         "http" | "https" => Err(ParamsError::NotLocal("http")),
@@ -182,6 +190,10 @@ fn image(format: Format, path: &str) -> Result<Image, ParamsError> {
     }
     if path.len() > PATH_MAX_BYTES || path.chars().any(char::is_control) {
         return Err(ParamsError::BadPath);
+    }
+    if is_remote(path) {
+        Address::parse(path).map_err(ParamsError::BadServer)?;
+        return Ok(Image { format, path: path.to_owned() });
     }
     if !path.starts_with('/') {
         return Err(ParamsError::RelativePath(quoted(path)));
@@ -228,6 +240,9 @@ mod tests {
             ("qdisk", "qcow2:/var/a.qcow2", "/var/a.qcow2"),
             ("vbd3", "vhd:/var/a.vhd", "/var/a.vhd"),
             ("phy", "/var/raw:x", "/var/raw:x"),
+            ("qdisk", "raw:nbd://store/disk", "nbd://store/disk"),
+            ("vbd3", "qcow2:nbd+unix:///d?socket=/run/s", "nbd+unix:///d?socket=/run/s"),
+            ("tap", "tap:vhd:nbd://[::1]:9/d", "nbd://[::1]:9/d"),
         ];
         for (device_type, params, expected) in table {
             assert_eq!(path(device_type, params).as_deref(), Ok(expected), "{device_type} {params}");
@@ -244,8 +259,20 @@ mod tests {
             ("", "/var/a.img", ParamsError::NoFormat),
             ("tap", "tap:/var/a.img", ParamsError::NoFormat),
             ("tap", "tap:qcow:/a", ParamsError::NotServed("qcow")),
-            ("phy", "nbd:unix:/run/s", ParamsError::NotLocal("nbd")),
-            ("phy", "nbd+unix:///d?socket=/run/s", ParamsError::NotLocal("nbd")),
+            ("phy", "nbd:unix:/run/s", ParamsError::NoFormat),
+            ("phy", "nbd+unix:///d?socket=/run/s", ParamsError::NoFormat),
+            (
+                "qdisk",
+                "raw:nbd:unix:/run/s",
+                ParamsError::BadServer("write nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH"),
+            ),
+            (
+                "qdisk",
+                "qcow2:nbds://h/x",
+                ParamsError::BadServer(
+                    "TLS (nbds) is not supported: use a socket, or a network that is trusted",
+                ),
+            ),
             ("qdisk", "iso:/a", ParamsError::UnknownFormat("iso".into())),
             ("qdisk", "RAW:/a", ParamsError::UnknownFormat("RAW".into())),
             ("qdisk", ":/a", ParamsError::UnknownFormat(String::new())),
@@ -268,8 +295,24 @@ mod tests {
     #[test]
     fn whatever_is_written_the_answer_is_bounded_and_a_path_is_absolute() {
         let pieces = [
-            "raw", "aio", "tap", "tap2", "tapdisk", "phy", "file", "vhd", ":", "/", "..", "a", "\u{7}", "é",
+            "raw",
+            "aio",
+            "tap",
+            "tap2",
+            "tapdisk",
+            "phy",
+            "file",
+            "vhd",
+            ":",
+            "/",
+            "..",
+            "a",
+            "\u{7}",
+            "é",
             ",",
+            "nbd://",
+            "nbd+unix:///",
+            "?socket=",
         ];
         let mut seed = 1u64;
         for _ in 0..20_000 {
@@ -281,7 +324,8 @@ mod tests {
             for device_type in ["phy", "qdisk", ""] {
                 match parse(device_type, &text) {
                     Ok(image) => {
-                        assert!(image.path.starts_with('/') && !image.path.split('/').any(|p| p == ".."));
+                        let local = image.path.starts_with('/') && !image.path.split('/').any(|p| p == "..");
+                        assert!(local || Address::parse(&image.path).is_ok(), "{text}");
                         assert!(text.ends_with(&image.path) || text.contains("phy:"), "{text}");
                     }
                     Err(error) => {

@@ -7,6 +7,8 @@ use lexopt::{Parser, ValueExt};
 
 use super::usage;
 use crate::error::Error;
+use crate::nbd::client::Address as ImageAddress;
+use crate::nbd::client::address::is_remote;
 use crate::nbd::server::Address;
 use crate::params::{Format, Image};
 use crate::storage::engine::EngineChoice;
@@ -16,7 +18,8 @@ vbdd nbd serves an image to NBD clients, until SIGTERM.
 
 Usage: vbdd nbd FORMAT:PATH --socket PATH [OPTIONS]
 
-  FORMAT:PATH           the image: raw:PATH, qcow2:PATH or vhd:PATH
+  FORMAT:PATH           the image: raw:PATH, qcow2:PATH or vhd:PATH; for PATH also nbd://HOST[:PORT]/EXPORT or
+                        nbd+unix:///EXPORT?socket=PATH
   --socket PATH         listen at this unix socket, which only its owner may use
   --listen ADDRESS      listen at this TCP address, 127.0.0.1:10809 say: whoever reaches it may use the image
   --read-only           refuse writes
@@ -135,6 +138,10 @@ fn named(text: &str) -> Result<Image, Error> {
     let Some((format, path)) = parts.filter(|(_, path)| !path.is_empty()) else {
         return Err(Error::new(format!("{text} does not name an image"), hint));
     };
+    if is_remote(path) {
+        ImageAddress::parse(path).map_err(|why| Error::new(format!("{path}: {why}"), ""))?;
+        return Ok(Image { format, path: path.to_owned() });
+    }
     let path = std::path::absolute(path).map_err(|error| Error::new(format!("{path}: {error}"), ""))?;
     let path = path.into_os_string().into_string();
     let path = path.map_err(|path| Error::new(format!("{} is not UTF-8", path.display()), ""))?;

@@ -6,6 +6,9 @@ use std::time::Duration;
 
 use log::{error, info, warn};
 
+use super::PREFERRED_BYTES;
+use super::client::address::is_remote;
+use super::client::{Address as ImageAddress, Allowed, Place};
 use super::server::{Address, Export, Listener, Server};
 use crate::cli::nbd::NbdOptions;
 use crate::clock::{Clock, TrimTimer};
@@ -24,9 +27,6 @@ const STORAGE: usize = 0;
 const SIGNALS: usize = 1;
 const TRIM: usize = 2;
 const SERVER: usize = 16;
-
-/// What a request should be a multiple of, at least: the page cache's and most devices' block.
-const PREFERRED_BYTES: u32 = 4096;
 
 struct Process {
     clock: Clock,
@@ -71,6 +71,7 @@ impl Process {
         let mut storage = LinuxStorage::new(&StorageOptions {
             engine: options.engine,
             roots,
+            servers: own_server(&options.image.path),
             pool_bytes: DATA_MEMORY_BYTES,
             direct: options.direct,
             ..StorageOptions::default()
@@ -217,8 +218,21 @@ impl Process {
     }
 }
 
+/// The server of an image that lies on one.
+fn own_server(path: &str) -> Vec<Allowed> {
+    let place = ImageAddress::parse(path).ok().map(|address| address.place);
+    let allowed = place.and_then(|place| match place {
+        Place::Unix(socket) => Some(Allowed::Sockets(Path::new(&socket).parent()?.into())),
+        Place::Tcp { host, port } => Some(Allowed::Host { host, port }),
+    });
+    allowed.into_iter().collect()
+}
+
 /// The image's directory, and that of the file that it stands for.
 fn own_roots(path: &str) -> Vec<PathBuf> {
+    if is_remote(path) {
+        return Vec::new();
+    }
     let real = std::fs::canonicalize(path).ok();
     let both = [Some(PathBuf::from(path)), real];
     let mut roots: Vec<PathBuf> =

@@ -13,7 +13,6 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::buffer::spare_capacity;
 use rustix::event::{Timespec, epoll};
 use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags};
 
@@ -94,6 +93,8 @@ pub(super) struct Remotes {
     uses: u64,
     landed: VecDeque<Landed>,
     scratch: Vec<u8>,
+    /// Those that have got requests since the last [`Remotes::submit`].
+    dirty: Vec<u32>,
     connectors: Workers<Errand, Answer>,
     patience: Option<Duration>,
 }
@@ -159,6 +160,7 @@ impl Remotes {
             uses: 0,
             landed: VecDeque::new(),
             scratch: Vec::new(),
+            dirty: Vec::new(),
             connectors,
             patience,
         })
@@ -214,6 +216,9 @@ impl Remotes {
             return room.done(request.tag, Err(error::EIO));
         };
         remote.push(request, &mut room);
+        if !std::mem::replace(&mut remote.dirty, true) {
+            self.dirty.push(number);
+        }
         if !self.ticks && remote.needs_ticks(self.patience) {
             self.tick_from_now_on(true);
         }
@@ -221,8 +226,10 @@ impl Remotes {
 
     /// Sends what is to be sent.
     pub(super) fn submit(&mut self) {
-        for number in 0..self.remotes.len() {
+        while let Some(number) = self.dirty.pop() {
+            let number = number as usize;
             let Some(Some(remote)) = self.remotes.get_mut(number) else { continue };
+            remote.dirty = false;
             if remote.is_up() && remote.session.has_outgoing() && !remote.is_clogged() {
                 let mut room = Room(&mut self.landed);
                 if let Err(why) = remote.send(&self.epoll, &mut room) {
@@ -245,12 +252,12 @@ impl Remotes {
         if self.remotes.is_empty() {
             return;
         }
-        let mut events = Vec::with_capacity(EVENTS);
+        let nothing = epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) };
+        let mut events = [nothing; EVENTS];
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        if epoll::wait(&self.epoll, spare_capacity(&mut events), Some(&now)).is_err() {
-            return;
-        }
-        for event in events {
+        // An interruption is made up for by the next call: the descriptor stays readable.
+        let count = epoll::wait(&self.epoll, &mut events, Some(&now)).unwrap_or(0);
+        for event in events.iter().take(count) {
             if event.data.u64() == TIMER {
                 self.tick();
             } else if let Ok(number) = usize::try_from(event.data.u64()) {

@@ -1,7 +1,8 @@
 //! What the storage tests share: a directory that goes away, and a storage that is waited for as the reactor does.
-#![allow(dead_code, missing_docs, unreachable_pub, clippy::unwrap_used)]
+#![allow(dead_code, missing_docs, unreachable_pub, clippy::unwrap_used, clippy::panic)]
 
 pub mod faulty;
+pub mod servers;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};

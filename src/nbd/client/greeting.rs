@@ -9,7 +9,7 @@ use crate::nbd::wire::{
 };
 
 /// The magic number of the way before newstyle.
-const OLD_MAGIC: u64 = 0x0042_0281_8612_53;
+const OLD_MAGIC: u64 = 0x0000_4202_8186_1253;
 
 /// Errors of options that only clients need to tell apart.
 const ERR_TLS_REQD: u32 = option_reply::ERROR | 5;

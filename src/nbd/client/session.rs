@@ -159,6 +159,8 @@ pub struct Session<M> {
     broken: bool,
     /// Callers' requests.
     pending: usize,
+    /// Replies that were taken.
+    replies: u64,
 }
 
 impl<M: Copy> Session<M> {
@@ -198,6 +200,7 @@ impl<M: Copy> Session<M> {
             flush_error: None,
             broken: false,
             pending: 0,
+            replies: 0,
         })
     }
 
@@ -211,6 +214,12 @@ impl<M: Copy> Session<M> {
     #[must_use]
     pub fn pending(&self) -> usize {
         self.pending
+    }
+
+    /// Whole replies that have come over all connections, to callers' requests and to our own.
+    #[must_use]
+    pub fn replies(&self) -> u64 {
+        self.replies
     }
 
     /// Whether nothing is asked of the server at present.

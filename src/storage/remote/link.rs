@@ -50,6 +50,8 @@ enum Link {
 #[derive(Debug)]
 pub(super) struct Remote {
     pub session: Session<Span>,
+    /// It has got requests that were not sent yet.
+    pub dirty: bool,
     goal: Arc<Goal>,
     number: u32,
     use_count: u64,
@@ -72,6 +74,7 @@ impl Remote {
         let Connected { socket, export, goal } = connected;
         let mut remote = Remote {
             session: session_for(export, goal.writable).ok()?,
+            dirty: false,
             goal,
             number,
             use_count,
@@ -152,7 +155,7 @@ impl Remote {
 
     /// Takes what has come.
     pub(super) fn receive(&mut self, scratch: &mut [u8], room: &mut impl Memory<Span>) -> Result<(), String> {
-        let pending = self.session.pending();
+        let replies = self.session.replies();
         for _ in 0..RECEIVES_MAX {
             let Link::Up(socket) = &self.link else { return Ok(()) };
             let straight = self.session.expects().filter(|(_, _, left)| *left >= STRAIGHT_BYTES);
@@ -179,7 +182,7 @@ impl Remote {
                 break;
             }
         }
-        if self.session.pending() != pending {
+        if self.session.replies() != replies {
             self.tries = 0;
             self.progress = Instant::now();
         }

@@ -186,6 +186,7 @@ impl<M: Copy> Session<M> {
             entry.error = error::EIO;
         }
         entry.state = State::Free;
+        self.replies += 1;
         let entry = entry.clone();
         self.free.push(place);
         self.in_flight = self.in_flight.saturating_sub(1);
