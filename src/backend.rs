@@ -5,6 +5,7 @@
 //! state machine (`vbd`); this module carries out the actions and brings back the answers.
 
 mod actions;
+mod exports;
 mod media;
 mod notices;
 mod offers;
@@ -32,6 +33,7 @@ use crate::vbd::{
     Vbd, World,
 };
 use crate::xenbus::Session;
+pub use exports::OpenDisk;
 pub use media::Measured;
 use notices::Bucket;
 pub use quotas::disks_that_fit;
@@ -138,6 +140,8 @@ pub struct Backend<H, S> {
     unwatched: Vec<(Duration, WatchToken, Path)>,
     /// When the sizes of the images were looked at.
     sizes_at: Duration,
+    /// Disks were opened, closed or resized since somebody asked.
+    disks_changed: bool,
     stopping: bool,
 }
 
@@ -168,6 +172,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
             timers_due: None,
             unwatched: Vec::new(),
             sizes_at: now,
+            disks_changed: false,
             stopping: false,
         }
     }
@@ -433,6 +438,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
         if let Some(device) = self.devices.get_mut(&address) {
             device.image = Some(OpenImage { opened, parents, disk, request });
         }
+        self.disks_changed = true;
         Ok(media::geometry_of(&opened))
     }
 

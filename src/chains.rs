@@ -13,7 +13,7 @@ use formats::qcow2::header::LAZY_REFCOUNTS;
 use formats::qcow2::{Header, Options, Qcow2, Repair};
 use formats::vhd::check::check_parent;
 use formats::vhd::{Headers, Kind, Vhd, read_headers};
-use formats::{Facts, Medium, Raw};
+use formats::{Facts, Medium, Raw, Unsupported};
 
 use crate::params::{Format, Image};
 use crate::storage::{Identity, OpenError};
@@ -42,6 +42,13 @@ pub trait Library {
     /// # Errors
     /// The operator's sentence.
     fn open(&mut self, path: &str, writable: bool) -> Result<Found<Self::File>, OpenError>;
+
+    /// Metadata of a file that a process which was killed had changed and not written: they are written before the file is
+    /// opened for writing. Where in the file, in bytes, and what.
+    fn left(&mut self, found: &Found<Self::File>) -> Vec<(u64, Vec<u8>)> {
+        let _ = found;
+        Vec::new()
+    }
 }
 
 /// One image of a chain.
@@ -82,11 +89,15 @@ pub fn open<L: Library>(library: &mut L, leaf: &Image, wish: Wish) -> Result<Vec
         if let Parent::Unreadable(error) = parent {
             return Err(error);
         }
-        let (image, found) =
+        let (image, mut found) =
             find(library, &chain, parent, writable).map_err(|error| within(&chain, error))?;
         if chain.iter().any(|link| link.identity == found.identity) {
             let error = refuse(&image.path, "it is its own parent: the chain of images is a loop");
             return Err(within(&chain, error));
+        }
+        if writable {
+            let left = library.left(&found);
+            put_back(&image, &mut found.medium, &left).map_err(|why| unsupported(&image.path, why))?;
         }
         let child = chain.last().map(|link| link.image.format);
         let (link, parent) = read(image, found, writable, child).map_err(|error| within(&chain, error))?;
@@ -174,6 +185,35 @@ fn located<L: Library>(
 }
 
 type Read<M> = (Link<M>, Option<Parent>);
+
+/// Writes what a process that was killed had changed in memory only: the image is then as its guest knows it.
+fn put_back<M: Medium>(image: &Image, medium: &mut M, left: &[(u64, Vec<u8>)]) -> Result<(), Unsupported> {
+    let is_open = match image.format {
+        Format::Qcow2 if !left.is_empty() => Repair::of(&Header::read(medium)?) != Repair::NotNeeded,
+        Format::Qcow2 | Format::Raw => false,
+        Format::Vhd => true,
+    };
+    if left.is_empty() {
+        return Ok(());
+    }
+    let (path, count) = (&image.path, left.len());
+    if !is_open {
+        log::warn!(
+            "{path}: {count} changed pages of metadata are kept of it, but it was closed since: not written"
+        );
+        return Ok(());
+    }
+    // The data that the pages name, which are in the kernel's hands, must not come after them.
+    medium.sync()?;
+    for (offset_bytes, bytes) in left {
+        medium.write(*offset_bytes, bytes)?;
+    }
+    medium.sync()?;
+    log::info!(
+        "{path}: {count} pages of metadata were written that its last user, who was killed, had changed"
+    );
+    Ok(())
+}
 
 /// Reads what an open file holds.
 fn read<M: Medium>(

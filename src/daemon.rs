@@ -12,7 +12,8 @@ use crate::control;
 use crate::error::Error;
 use crate::hypervisor::LinuxHypervisor;
 use crate::journal::JournalDirectory;
-use crate::limits::{DATA_MEMORY_BYTES, STOP_PATIENCE};
+use crate::limits::{CONTROL_SESSIONS_MAX, DATA_MEMORY_BYTES, NBD_MEMORY_BYTES, STOP_PATIENCE};
+use crate::nbd::guests::Exporter;
 use crate::owners;
 use crate::reactor::{Reactor, Ready};
 use crate::signals::{Signal, Signals};
@@ -27,6 +28,7 @@ const STORAGE: usize = 2;
 const SIGNALS: usize = 3;
 const TRIM: usize = 4;
 const CONTROL: usize = 16;
+const NBD: usize = CONTROL + 1 + CONTROL_SESSIONS_MAX;
 
 struct Daemon {
     clock: Clock,
@@ -37,6 +39,7 @@ struct Daemon {
     signals: Signals,
     control: control::Server,
     backend: Backend<LinuxHypervisor, LinuxStorage>,
+    nbd: Option<Exporter>,
     stop_by: Option<Duration>,
     trim_timer: TrimTimer,
 }
@@ -70,12 +73,14 @@ impl Daemon {
         let clock = Clock::start();
         let hypervisor = LinuxHypervisor::open()?;
         let journals = JournalDirectory::open(&options.state_dir)?;
+        let nbd_memory = usize::try_from(NBD_MEMORY_BYTES).unwrap_or(0);
+        let nbd_memory = if options.export_dir.is_some() { nbd_memory } else { 0 };
         let storage = LinuxStorage::new(&StorageOptions {
             engine: options.engine,
             roots: options.roots.clone(),
             servers: options.servers.clone(),
             server_patience: options.server_patience,
-            pool_bytes: DATA_MEMORY_BYTES,
+            pool_bytes: DATA_MEMORY_BYTES + nbd_memory,
             ..StorageOptions::default()
         })
         .map_err(|text| Error::new(text, ""))?;
@@ -90,6 +95,10 @@ impl Daemon {
         let trim_timer = TrimTimer::new()?;
         reactor.add(trim_timer.as_fd(), TRIM, false)?;
         let control = control::Server::open(&options.state_dir, CONTROL, &mut reactor)?;
+        let nbd = match &options.export_dir {
+            Some(directory) => Some(Exporter::open(directory, NBD, &mut reactor)?),
+            None => None,
+        };
         let store = xenbus::Options { path: options.xenstore.clone(), seed: seed() };
         let mut xenbus = Xenbus::open(&store, 0).map_err(|error| Error::new(error.to_string(), ""))?;
         info!("xenstore: {}", xenbus.place().display());
@@ -139,6 +148,7 @@ impl Daemon {
             signals,
             control,
             backend,
+            nbd,
             stop_by: None,
             trim_timer,
         }))
@@ -148,7 +158,13 @@ impl Daemon {
         let mut ready = Vec::new();
         loop {
             let now = self.clock.now();
+            if let Some(nbd) = &mut self.nbd {
+                nbd.receive(&mut self.backend, now, &mut self.reactor);
+            }
             let more = self.backend.turn(self.xenbus.session(), now);
+            let more =
+                self.nbd.as_mut().is_some_and(|nbd| nbd.send(&mut self.backend, now, &mut self.reactor))
+                    || more;
             let more = self.answer_control(now) || more;
             self.xenbus.flush(millis(now));
             self.poll_store();
@@ -186,6 +202,7 @@ impl Daemon {
             STORAGE => {}
             TRIM => self.trim_timer.fired(self.backend.pump()),
             SIGNALS => self.take_signals(now),
+            NBD.. => self.nbd.iter_mut().for_each(|nbd| nbd.ready(ready)),
             _ => self.control.ready(ready, now, &mut self.reactor),
         }
     }
@@ -199,6 +216,9 @@ impl Daemon {
                     );
                     self.stop_by = Some(now + STOP_PATIENCE);
                     self.backend.stop();
+                    if let Some(nbd) = &mut self.nbd {
+                        nbd.stop(&mut self.backend, &mut self.reactor);
+                    }
                 }
                 Signal::Stop => {}
                 Signal::Report => {
@@ -212,7 +232,8 @@ impl Daemon {
 
     fn ended(&self, now: Duration) -> bool {
         let Some(stop_by) = self.stop_by else { return false };
-        if self.backend.stopped() {
+        let nbd = self.nbd.as_ref().map_or(0, Exporter::in_flight);
+        if self.backend.stopped() && nbd == 0 {
             info!("stopped: everything is answered and durable");
             return true;
         }
@@ -288,7 +309,8 @@ impl Daemon {
 
     fn timeout(&self) -> Option<Duration> {
         let store = self.xenbus.timeout().map(Duration::from_millis);
-        let deadlines = [store, self.backend.deadline(), self.control.deadline(), self.stop_by];
+        let nbd = self.nbd.as_ref().and_then(Exporter::deadline);
+        let deadlines = [store, self.backend.deadline(), self.control.deadline(), nbd, self.stop_by];
         let first = deadlines.into_iter().flatten().min()?;
         Some(first.saturating_sub(self.clock.now()))
     }

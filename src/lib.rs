@@ -16,6 +16,7 @@ pub(crate) mod grants;
 pub mod hypervisor;
 pub mod images;
 pub mod journal;
+pub mod keep;
 pub mod limits;
 pub mod nbd;
 pub mod owners;

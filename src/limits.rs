@@ -52,6 +52,10 @@ pub const METADATA_CACHE_MIB: u32 = 32;
 /// others wait for the first to end.
 pub const METADATA_MEMORY_BYTES: usize = 8 << 20;
 
+/// Chunks of the state directory for changed metadata that a killed process must leave to its successor: 127 pages (1 020 KiB)
+/// each, as many as are needed at a time; 32 MiB. Disks write what they have from 256 pages on.
+pub const KEPT_CHUNKS_MAX: usize = 32;
+
 /// How long changed metadata may stay in memory while nobody flushes.
 pub const WRITE_BACK_INTERVAL: Duration = Duration::from_secs(1);
 

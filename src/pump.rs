@@ -16,7 +16,9 @@ mod stages;
 mod turn;
 mod works;
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
+use std::rc::Rc;
 use std::time::Duration;
 
 use rings::{Abi, BackRing, Offers, SharedPages};
@@ -24,6 +26,7 @@ use rings::{Abi, BackRing, Offers, SharedPages};
 use crate::disk::Disk;
 use crate::hypervisor::{DomainId, GrantRef, Hypervisor, HypervisorError, Port};
 use crate::journal::{Journal, JournalStore, Memory, RECORD_VERSION, RingRecord};
+use crate::keep::{Journals, Kept};
 use crate::limits::REPORTS_MAX;
 use crate::queue::{Counters, FrontendMisbehaved, Queue};
 use crate::storage::{FileId, Storage};
@@ -183,7 +186,7 @@ pub struct Pump<H, S> {
     pub hypervisor: H,
     /// The storage.
     pub storage: S,
-    journals: Box<dyn JournalStore>,
+    journals: Journals,
     /// A ring without a journal was left with everything answered: the administrator says so.
     assume_clean: bool,
     queues: Vec<Option<Queue>>,
@@ -217,7 +220,10 @@ pub struct Pump<H, S> {
 impl<H: Hypervisor, S: Storage> Pump<H, S> {
     /// A data path without queues.
     #[must_use]
-    pub fn new(hypervisor: H, storage: S, journals: Box<dyn JournalStore>) -> Pump<H, S> {
+    pub fn new(hypervisor: H, mut storage: S, journals: Box<dyn JournalStore>) -> Pump<H, S> {
+        let journals: Journals = Rc::new(RefCell::new(journals));
+        let kept = Kept::new(Rc::clone(&journals));
+        storage.set_left(kept.left());
         Pump {
             hypervisor,
             storage,
@@ -226,7 +232,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             queues: Vec::new(),
             names: Vec::new(),
             disks: Vec::new(),
-            chains: chains::Chains::default(),
+            chains: chains::Chains::new(kept),
             outside: outside::Outsiders::default(),
             by_port: BTreeMap::new(),
             ready: VecDeque::new(),
@@ -315,7 +321,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             grants: plan.grants.clone(),
             remote_port: plan.remote_port,
         };
-        let memory = self.journals.open(&plan.journal, Memory::needed_bytes(entries));
+        let memory = self.journals.borrow_mut().open(&plan.journal, Memory::needed_bytes(entries));
         let produced = BackRing::responses_produced(&shared);
         let inherited = match memory {
             Some(memory) if plan.resume => Journal::inherit(memory, entries, &record, produced),
@@ -325,7 +331,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             Some((journal, owed)) => (Some(journal), owed),
             None if plan.resume && !self.assume_clean && !BackRing::is_idle(&shared) => {
                 if let Some(memory) = memory {
-                    self.journals.close(&plan.journal, memory, false);
+                    self.journals.borrow_mut().close(&plan.journal, memory, false);
                 }
                 self.hypervisor.unbind(port);
                 self.hypervisor.unmap(mapping);
@@ -334,7 +340,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             None => {
                 let created = memory.and_then(|memory| Journal::create(memory, entries, &record, produced));
                 if let (None, Some(memory)) = (&created, memory) {
-                    self.journals.close(&plan.journal, memory, true);
+                    self.journals.borrow_mut().close(&plan.journal, memory, true);
                 }
                 (created, Vec::new())
             }

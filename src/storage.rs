@@ -27,6 +27,7 @@ mod workers;
 mod zeroes;
 
 use crate::buffers::{Pool, Span};
+use crate::keep::Left;
 use crate::params::Image;
 
 /// An open image file or block device.
@@ -240,6 +241,10 @@ pub trait Storage {
     /// Starts to open an image, with its parents if it has a format. The answer comes from [`Storage::opened`] under
     /// `token`.
     fn open_image(&mut self, token: u64, image: &Image, access: Access);
+
+    /// Hands over what killed processes had changed of images and not written: it is written when such an image is opened for
+    /// writing.
+    fn set_left(&mut self, left: Left);
 
     /// Takes the layers of an image that was opened and has a format, leaf first: the leaf's file is the one that was
     /// opened. Each file is to be closed by itself then. `None` for a raw image, and the second time.

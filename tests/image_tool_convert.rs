@@ -6,7 +6,7 @@ mod image_support;
 
 use std::time::Duration;
 
-use image_support::{MIB, Rng, Scratch, field, same};
+use image_support::{MIB, Rng, Scratch, field, same, vhd_chain};
 
 /// Format, qemu's name of it, settings.
 const FORMATS: [(&str, &str, &str); 10] = [
@@ -100,6 +100,7 @@ fn chains_compressed_images_and_snapshots_are_read() {
         same_or_longer(&dir.by_us("vhd", "leaf.vhd"), &wanted, "leaf as VHD");
         assert_eq!(dir.run("vbdd image compare vhd:leaf.vhd qcow2:top.qcow2").code, 0);
         assert!(dir.image("info vhd:leaf.vhd").contains("subformat: differencing"));
+        same_or_longer(&vhd_chain(&dir, &["leaf.vhd", "mid.vhd"]), &wanted, "leaf as VHD, by the model");
     }
 }
 
@@ -230,6 +231,19 @@ fn images_in_use_are_left_alone() {
     }
     drop(file);
     dir.image("check qcow2:a.qcow2");
+    // And by qemu, which holds it until it has no more commands to read.
+    let mut qemu = dir.command("qemu-io -f qcow2 a.qcow2");
+    let mut qemu =
+        qemu.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped()).spawn().unwrap();
+    let mut byte = [0];
+    std::io::Read::read_exact(qemu.stdout.as_mut().unwrap(), &mut byte).unwrap();
+    for words in ["resize qcow2:a.qcow2 2M", "snapshot -c x qcow2:a.qcow2", "create qcow2:a.qcow2 1M"] {
+        let (_, text) = dir.refused(words);
+        assert!(text.contains("or qemu"), "{words}: {text}");
+    }
+    drop(qemu.stdin.take());
+    qemu.wait().unwrap();
+    dir.image("resize qcow2:a.qcow2 2M");
 }
 
 #[test]

@@ -31,7 +31,7 @@ impl World {
     fn new() -> World {
         let mut server = Server::new(0);
         server.add_export(export(false));
-        let (disks, reactor) = (Memory::new(), Reactor::new().unwrap());
+        let (disks, reactor) = (Memory::new(64 << 20), Reactor::new().unwrap());
         let mut world = World { server, disks, reactor, now: Duration::from_secs(1) };
         world.turn(0);
         world
@@ -179,7 +179,7 @@ fn a_client_has_so_many_requests_in_flight_and_no_more() {
     (0..20).for_each(|_| world.turn(0));
     assert_eq!((world.disks.asked.len(), world.server.in_flight()), (NBD_REQUESTS_MAX, NBD_REQUESTS_MAX));
     (0..400).for_each(|_| world.turn(10));
-    assert_eq!(client.read(&mut [0; 20_000]).unwrap(), 1000 * 16);
+    assert_eq!(client.read(&mut vec![0; 20_000]).unwrap(), 1000 * 16);
 }
 
 #[test]

@@ -13,6 +13,7 @@ use rings::{Abi, FrontRing, Offers, Segment, SharedPages};
 use vbdd::buffers::Pool;
 use vbdd::hypervisor::{CopySegment, DomainId, GrantRef, Hypervisor, HypervisorError, Port, RingMapping};
 use vbdd::journal::{JournalStore, Memory};
+use vbdd::keep::Left;
 use vbdd::params::Image;
 use vbdd::pump::{DiskPlan, Pump, RingPlan};
 use vbdd::storage::{Access, Done, FileId, Io, Layer, OpenError, Opened, Storage};
@@ -78,6 +79,7 @@ struct Inline {
 
 impl Storage for Inline {
     fn open_image(&mut self, _: u64, _: &Image, _: Access) {}
+    fn set_left(&mut self, _: Left) {}
     fn layers(&mut self, _: FileId) -> Option<Vec<Layer>> {
         None
     }

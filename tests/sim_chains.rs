@@ -5,7 +5,7 @@
 mod world;
 
 use world::run::{World, sane_world_on};
-use world::{Faults, for_seeds};
+use world::{Faults, Plant, for_seeds};
 
 fn world(seed: u64, requests: u32) -> World {
     let world = sane_world_on(seed, requests, true);
@@ -24,22 +24,36 @@ fn guests_are_served() {
     for_seeds(20, |seed| ends_well(&mut world(seed, 60)));
 }
 
+/// A world whose process dies again and again.
+fn dies(seed: u64, plant: Plant) -> Result<u64, String> {
+    let mut world = world(seed, 60);
+    world.shared.plant.set(plant);
+    for _ in 0..6 {
+        let lifetime = world.shared.below([50, 500, 2000][world.shared.index(3)]);
+        world.shared.countdown.set(Some(lifetime));
+        let before = world.backend.deaths;
+        world.run_until(|world| world.backend.deaths > before || world.finished())?;
+    }
+    world.shared.countdown.set(None);
+    ends_well(&mut world)?;
+    Ok(u64::try_from(world.backend.deaths).unwrap_or(0))
+}
+
 #[test]
 fn successors_of_processes_that_die_repair_and_go_on() {
     let deaths = std::cell::Cell::new(0);
     for_seeds(20, |seed| {
-        let mut world = world(seed, 60);
-        for _ in 0..6 {
-            let lifetime = world.shared.below([50, 500, 2000][world.shared.index(3)]);
-            world.shared.countdown.set(Some(lifetime));
-            let before = world.backend.deaths;
-            world.run_until(|world| world.backend.deaths > before || world.finished())?;
-        }
-        world.shared.countdown.set(None);
-        deaths.set(deaths.get() + world.backend.deaths);
-        ends_well(&mut world)
+        deaths.set(deaths.get() + dies(seed, Plant::None)?);
+        Ok(())
     });
     assert!(deaths.get() > 50, "{} deaths are too few to show anything", deaths.get());
+}
+
+/// Metadata that a process had changed in memory only are missed when nobody puts them back.
+#[test]
+fn what_is_not_put_back_is_missed() {
+    let found = (0..20).filter(|seed| dies(*seed, Plant::NothingLeft).is_err()).count();
+    assert!(found > 0, "a planted bug is not found");
 }
 
 #[test]

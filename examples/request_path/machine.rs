@@ -14,6 +14,7 @@ use vbdd::buffers::{Pool, Span};
 use vbdd::hypervisor::{
     CopyDirection, CopySegment, DomainId, GrantRef, Hypervisor, HypervisorError, Port, RingMapping,
 };
+use vbdd::keep::Left;
 use vbdd::params::Image;
 use vbdd::storage::linux::LinuxStorage;
 use vbdd::storage::{Access, Done, FileId, Io, IoKind, Layer, OpenError, Opened, Storage};
@@ -211,6 +212,10 @@ impl Timed {
 impl Storage for Timed {
     fn open_image(&mut self, token: u64, image: &Image, access: Access) {
         self.inner.open_image(token, image, access);
+    }
+
+    fn set_left(&mut self, left: Left) {
+        self.inner.set_left(left);
     }
 
     fn layers(&mut self, file: FileId) -> Option<Vec<Layer>> {

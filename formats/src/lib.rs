@@ -29,7 +29,7 @@ pub use error::{Corruption, Failure, Unsupported};
 pub use format::{Context, Facts, Format, Order, PageAt, Payout, Prepared, Step, Wait, Zeroed};
 pub use ledger::{Ledger, Stamp, Tick};
 pub use medium::Medium;
-pub use pages::{PAGE_BYTES, PageRef, Pages};
+pub use pages::{Keeper, PAGE_BYTES, PageRef, Pages};
 pub use qcow2::Qcow2;
 pub use raw::Raw;
 pub use vhd::Vhd;

@@ -1,6 +1,6 @@
 //! Any bytes from an NBD client, in any pieces, beside disks that answer in any order: the server neither panics nor hangs, and
 //! when the client is gone everything it held is free.
-use std::io::{Read, Write};
+use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
@@ -14,6 +14,9 @@ use vbdd::reactor::Reactor;
 use vbdd::storage::StorageError;
 
 pub const SECTORS: u64 = 5000;
+
+/// Less than a client may have: at times there is none. Addresses of pools are never used again, so it must be little for many runs.
+const POOL_BYTES: usize = 4 << 20;
 
 /// A disk in memory, whose answers come when they are asked for.
 pub struct Memory {
@@ -40,8 +43,8 @@ impl Disks for Memory {
 }
 
 impl Memory {
-    pub fn new() -> Memory {
-        let pool = Pool::new(64 << 20).expect("memory");
+    pub fn new(pool_bytes: usize) -> Memory {
+        let pool = Pool::new(pool_bytes).expect("memory");
         Memory { pool, bytes: vec![0; SECTORS as usize * 512], asked: Vec::new() }
     }
 
@@ -52,21 +55,23 @@ impl Memory {
         }
         let Outside { token, op, extent, span } = self.asked.swap_remove(which % self.asked.len());
         let range = extent.sector as usize * 512..extent.end() as usize * 512;
-        let result = match op {
-            Op::Flush => Ok(()),
-            // Some of the disk is broken.
-            _ if extent.sector % 64 == 63 => Err(StorageError::Os(5)),
-            Op::Read => Ok(assert!(self.pool.copy_in(span, &self.bytes[range]))),
-            Op::Write => Ok(assert!(self.pool.copy_out(span, &mut self.bytes[range]))),
-            Op::Discard | Op::WriteZeroes => Ok(self.bytes[range].fill(0)),
+        // Some of the disk is broken.
+        let broken = op != Op::Flush && extent.sector % 64 == 63;
+        match op {
+            _ if broken => {}
+            Op::Flush => {}
+            Op::Read => assert!(self.pool.copy_in(span, &self.bytes[range])),
+            Op::Write => assert!(self.pool.copy_out(span, &mut self.bytes[range])),
+            Op::Discard | Op::WriteZeroes => self.bytes[range].fill(0),
             Op::Status => {
                 let half = extent.sectors.div_ceil(2);
                 let mut runs = StatusRun { sectors: half, zero: true }.to_bytes().to_vec();
                 runs.extend(StatusRun { sectors: extent.sectors - half, zero: false }.to_bytes());
                 runs.extend([0; 8]);
-                Ok(assert!(self.pool.copy_in(span, &runs)))
+                assert!(self.pool.copy_in(span, &runs));
             }
-        };
+        }
+        let result = if broken { Err(StorageError::Os(5)) } else { Ok(()) };
         server.answered(token, result, self);
         true
     }
@@ -93,7 +98,7 @@ pub fn round(server: &mut Server, disks: &mut Memory, reactor: &mut Reactor, now
 /// disk goes on.
 pub fn play(data: &[u8]) {
     let Some((how, mut rest)) = data.split_first() else { return };
-    let (mut server, mut disks) = (Server::new(0), Memory::new());
+    let (mut server, mut disks) = (Server::new(0), Memory::new(POOL_BYTES));
     let mut reactor = Reactor::new().expect("a poller");
     server.add_export(export(how & 1 != 0));
     let (mut near, far) = UnixStream::pair().expect("sockets");
@@ -114,16 +119,16 @@ pub fn play(data: &[u8]) {
         }
         words.extend(message(option::GO, &[0; 6]));
     }
-    let _ = near.write(&words);
+    say(&near, &words);
     let mut now = Duration::from_millis(1);
     while let Some((what, tail)) = rest.split_first() {
         let length = usize::from(what >> 3);
         let (piece, behind) = tail.split_at(tail.len().min(length));
         rest = behind;
         if what & 4 != 0 {
-            let _ = near.write(&request(piece));
+            say(&near, &request(piece));
         } else {
-            let _ = near.write(piece);
+            say(&near, piece);
         }
         round(&mut server, &mut disks, &mut reactor, now, usize::from(what & 3));
         if what & 3 == 2 {
@@ -145,6 +150,11 @@ pub fn play(data: &[u8]) {
     }
     assert_eq!((server.clients(), server.in_flight(), disks.asked.len()), (0, 0, 0));
     assert_eq!(disks.pool.used_bytes(), 0);
+}
+
+/// Sends what there is room for, if anybody is there.
+fn say(near: &UnixStream, bytes: &[u8]) {
+    let _ = rustix::net::send(near, bytes, rustix::net::SendFlags::NOSIGNAL);
 }
 
 fn message(option: u32, data: &[u8]) -> Vec<u8> {

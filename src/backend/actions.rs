@@ -135,6 +135,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
         let disk =
             self.devices.get(&address).and_then(|device| device.image.as_ref()).map(|image| image.disk);
         let is_last = disk.is_some_and(|disk| !self.is_shared(address, disk));
+        self.disks_changed = true;
         let Some(device) = self.devices.get_mut(&address) else { return };
         match disk {
             Some(disk) if is_last => {

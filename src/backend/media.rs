@@ -93,6 +93,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
         let path = image.request.image.path.clone();
         let geometry = geometry_of(&image.opened);
         self.pump.resize_disk(disk, sectors);
+        self.disks_changed = true;
         self.pending.push_back((address, Pending::Step(vbd::Event::Resized(geometry))));
         let level = if sectors < before { log::Level::Warn } else { log::Level::Info };
         self.notice(address, level, &format!("{path} has {sectors} sectors now, and had {before}"));

@@ -135,6 +135,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
             if let Some(device) = self.devices.get_mut(&address) {
                 device.image = Some(OpenImage { request, ..image });
             }
+            self.disks_changed = true;
             Ok(geometry)
         } else {
             Err(refusal(&request.image, other))

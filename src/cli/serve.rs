@@ -31,6 +31,7 @@ Usage: vbdd serve --kind KIND --root DIR [OPTIONS]
                         persistent=0, discard=0, max-queues=N, max-ring-page-order=N
   --metadata-cache MIB  memory for metadata of QCOW2 and VHD images, all disks together, 1 to 65536 (32)
   --persistent-grants   offer frontends to keep their pages mapped; slower for vbdd than copying, see docs/performance.md
+  --export-dir DIR      let NBD clients read the open disks, through the socket DIR/nbd that only its owner may use
   --state-dir DIR       where live rings are written down for the next vbdd (/run/vbdd)
   --assume-clean        take over rings that no journal tells of, as the last vbdd was stopped with SIGTERM
   --xenstore-nodes N    this domain's quota of nodes, if it was raised: how many disks fit is said at the start (1000)
@@ -78,6 +79,8 @@ pub struct ServeOptions {
     pub metadata_cache_mib: u32,
     /// Frontends are offered to keep their pages granted.
     pub persistent_grants: bool,
+    /// Where NBD clients come in, if they may.
+    pub export_dir: Option<PathBuf>,
     /// Where the journals of live rings are.
     pub state_dir: PathBuf,
     /// Rings without a journal were left with everything answered.
@@ -113,6 +116,7 @@ pub(super) fn parse(parser: &mut Parser) -> Result<Option<ServeOptions>, Error> 
         disk_options: String::new(),
         metadata_cache_mib: METADATA_CACHE_MIB,
         persistent_grants: false,
+        export_dir: None,
         state_dir: PathBuf::from("/run/vbdd"),
         assume_clean: false,
         quotas: (XENSTORE_NODES, XENSTORE_WATCHES),
@@ -168,6 +172,7 @@ pub(super) fn parse(parser: &mut Parser) -> Result<Option<ServeOptions>, Error> 
                     Error::new(format!("--disk-options says {error}"), "see docs/xenstore.md")
                 })?;
             }
+            Long("export-dir") => options.export_dir = Some(path(parser)?),
             Long("state-dir") => options.state_dir = path(parser)?,
             Long("metadata-cache") => {
                 options.metadata_cache_mib = number(parser, "--metadata-cache")?;

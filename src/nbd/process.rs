@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use log::{error, info, warn};
 
+use super::PREFERRED_BYTES;
 use super::client::address::is_remote;
 use super::client::{Address as ImageAddress, Allowed, Place};
 use super::server::{Address, Export, Listener, Server};
@@ -26,9 +27,6 @@ const STORAGE: usize = 0;
 const SIGNALS: usize = 1;
 const TRIM: usize = 2;
 const SERVER: usize = 16;
-
-/// What a request should be a multiple of, at least: the page cache's and most devices' block.
-const PREFERRED_BYTES: u32 = 4096;
 
 struct Process {
     clock: Clock,

@@ -12,6 +12,7 @@ use super::works::Works;
 use super::{DiskId, DiskPlan, Pump, PumpEvent, Token};
 use crate::buffers::Span;
 use crate::hypervisor::Hypervisor;
+use crate::keep::Kept;
 use crate::limits::{METADATA_CACHE_MIB, WRITE_BACK_INTERVAL};
 use crate::storage::{FileId, IoKind, Layer, Storage, StorageError};
 
@@ -51,25 +52,33 @@ pub(super) struct Chains {
     /// By the number of their disk.
     open: Vec<Option<Box<Chain>>>,
     pub(super) works: Works,
+    /// Changed metadata, for a successor of a killed process.
+    kept: Kept,
     /// Disks that may have work or outcomes.
     touched: Vec<u32>,
     /// When changed metadata are written although nobody waits for it.
     write_back_at: Option<Duration>,
 }
 
-impl Default for Chains {
-    fn default() -> Chains {
-        Chains {
-            pages: Pages::new((METADATA_CACHE_MIB as usize) << 20),
+impl Chains {
+    pub(super) fn new(kept: Kept) -> Chains {
+        let mut chains = Chains {
+            pages: Pages::of_pages(0),
             open: Vec::new(),
             works: Works::default(),
+            kept,
             touched: Vec::new(),
             write_back_at: None,
-        }
+        };
+        chains.set_cache((METADATA_CACHE_MIB as usize) << 20);
+        chains
     }
-}
 
-impl Chains {
+    fn set_cache(&mut self, bytes_max: usize) {
+        self.pages = Pages::new(bytes_max);
+        self.pages.set_keeper(Box::new(self.kept.clone()));
+    }
+
     pub(super) fn get(&mut self, disk: u32) -> Option<&mut Chain> {
         self.open.get_mut(disk as usize)?.as_deref_mut()
     }
@@ -163,7 +172,7 @@ fn error_of(failure: Failure) -> StorageError {
 impl<H: Hypervisor, S: Storage> Pump<H, S> {
     /// Bounds the memory for cached metadata of all disks, in bytes. Before the first disk is added.
     pub fn set_metadata_cache(&mut self, bytes_max: usize) {
-        self.chains.pages = Pages::new(bytes_max);
+        self.chains.set_cache(bytes_max);
     }
 
     /// Puts an open image with a format, and its parents, behind a disk.
@@ -171,6 +180,13 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         let disk = self.add_disk(plan);
         if let Some(open) = self.disk(disk.0) {
             open.is_chain = true;
+        }
+        if let Some(leaf) = layers.first() {
+            // What a predecessor had left of it was written when it was opened.
+            if !plan.read_only {
+                self.chains.kept.written(leaf.identity);
+            }
+            self.chains.kept.name(disk.0, Some(leaf.identity));
         }
         let (mut files, mut images) = (Vec::new(), Vec::new());
         for (number, layer) in (0..).zip(layers) {
@@ -215,6 +231,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             return false;
         };
         self.chains.pages.forget_disk(disk);
+        self.chains.kept.name(disk, None);
         self.chains.touched.retain(|other| *other != disk);
         chain.files.iter().for_each(|file| self.storage.close(*file));
         true

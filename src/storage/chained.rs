@@ -14,6 +14,7 @@ use super::remote::{self, Servers};
 use super::{Access, OpenError};
 use crate::chains::{self, Found, Library, Wish};
 use crate::images::{Roots, explain};
+use crate::keep::Left;
 use crate::nbd::client::address::is_remote;
 use crate::params::{Format, Image};
 
@@ -31,6 +32,7 @@ pub(super) struct PreparedChain {
 pub(super) struct Opener<'a> {
     pub roots: &'a Arc<Roots>,
     pub servers: &'a Arc<Servers>,
+    pub left: &'a Left,
     /// Of the leaf.
     pub access: Access,
     pub direct: bool,
@@ -87,6 +89,32 @@ impl Library for Opener<'_> {
         }
         let grows = !image.is_device();
         Ok(Found { medium: Place::Here(Box::new(Blocking { prepared, fd, grows })), identity, grows })
+    }
+
+    fn left(&mut self, found: &Found<Place>) -> Vec<(u64, Vec<u8>)> {
+        let left = self.left.of(found.identity);
+        if left.pages.is_empty() || !Self::changed_since(found, left.kept_at_seconds) {
+            return left.pages;
+        }
+        let count = left.pages.len();
+        log::error!(
+            "{:?}: a killed vbdd has left {count} changed pages of metadata, but another program has written to the file \
+             since: they are not written, and what its guest had not flushed is lost",
+            found.identity
+        );
+        Vec::new()
+    }
+}
+
+/// How much later than the last change of a killed process its last writes may have ended.
+const LATE_SECONDS: u64 = 60;
+
+impl Opener<'_> {
+    /// Whether somebody else has written to a file since pages were kept of it.
+    fn changed_since(found: &Found<Place>, kept_at_seconds: u64) -> bool {
+        let Place::Here(file) = &found.medium else { return false };
+        let modified = rustix::fs::fstat(&file.fd).map_or(0, |stat| stat.st_mtime);
+        found.grows && u64::try_from(modified).unwrap_or(0) > kept_at_seconds + LATE_SECONDS
     }
 }
 

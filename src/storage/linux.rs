@@ -26,6 +26,7 @@ use super::{
 };
 use crate::buffers::{Pool, SPAN_BYTES_MAX, Span};
 use crate::images::Roots;
+use crate::keep::Left;
 use crate::limits::NBD_PATIENCE;
 use crate::nbd::client::Allowed;
 use crate::params::Image;
@@ -92,7 +93,7 @@ impl Default for Options {
 
 /// A job for an opener.
 enum Errand {
-    Open { token: u64, image: Image, access: Access },
+    Open { token: u64, image: Image, access: Access, left: Left },
     Close(Box<File>),
 }
 
@@ -128,6 +129,7 @@ pub struct LinuxStorage {
     refused_opens: VecDeque<(u64, Result<Opened, OpenError>)>,
     /// Layers of opened images that were not asked for yet, by their leaf's file.
     layers: Vec<(FileId, Vec<Layer>)>,
+    left: Left,
     openers: Workers<Errand, OpenAnswer>,
     pub(super) helpers: Workers<Job, Landed>,
     pub(super) discarders: Workers<Order, Landed>,
@@ -184,9 +186,15 @@ impl LinuxStorage {
             false => Some(Remotes::new(options.server_patience, &bell)?),
         };
         let openers = Workers::new("vbdd-open", OPENERS_MAX, Arc::clone(&bell), move |errand| match errand {
-            Errand::Open { token, image, access } => {
-                let mut opener =
-                    Opener { roots: &roots, servers: &servers, access, direct, least: alignment };
+            Errand::Open { token, image, access, left } => {
+                let mut opener = Opener {
+                    roots: &roots,
+                    servers: &servers,
+                    left: &left,
+                    access,
+                    direct,
+                    least: alignment,
+                };
                 Some((token, opener.open(&image), image))
             }
             Errand::Close(file) => {
@@ -218,6 +226,7 @@ impl LinuxStorage {
             finished: VecDeque::new(),
             refused_opens: VecDeque::new(),
             layers: Vec::new(),
+            left: Left::default(),
             openers,
             helpers,
             discarders,
@@ -405,10 +414,18 @@ impl Storage for LinuxStorage {
             let reason = "too many files wait to be opened; does a file server not answer?";
             return self.refuse_open(token, image.path.clone(), reason);
         }
-        if self.openers.give(Errand::Open { token, image: image.clone(), access }).is_err() {
+        if self
+            .openers
+            .give(Errand::Open { token, image: image.clone(), access, left: self.left.clone() })
+            .is_err()
+        {
             let reason = "no thread could be started to open it; is there memory left?";
             self.refuse_open(token, image.path.clone(), reason);
         }
+    }
+
+    fn set_left(&mut self, left: Left) {
+        self.left = left;
     }
 
     fn layers(&mut self, file: FileId) -> Option<Vec<Layer>> {

@@ -1,5 +1,7 @@
 //! `vbdd image check`.
 
+use formats::bytes::{index, wide};
+use formats::qcow2::Header;
 use formats::qcow2::check as qcow2;
 use formats::qcow2::check::Fix;
 use formats::vhd::check as vhd;
@@ -7,6 +9,7 @@ use formats::{Corruption, Medium};
 
 use super::file::{ImageFile, Lock, Shell};
 use super::json::{Object, array};
+use super::out::Progress;
 use super::words::{self, Options, Words};
 use super::{Command, Failed, trouble};
 use crate::cli::print;
@@ -65,6 +68,10 @@ fn run(words: &Words) -> Result<u8, Failed> {
     let lock = if words.has("U") { Lock::None } else { Lock::Shared };
     let opened = Shell { lock }.open_file(&image.path, repair != Fix::Nothing);
     let (mut file, _) = opened.map_err(|error| super::opening(error, &image))?;
+    if image.format == Format::Qcow2 {
+        let total = to_be_read(&mut file).map_err(|why| trouble(&image, &file, &why))?;
+        file.show(Progress::new("check", total, words.has("q")));
+    }
     let found = match image.format {
         Format::Vhd => check_vhd(&mut file, repair),
         _ => check_qcow2(&mut file, repair),
@@ -77,6 +84,16 @@ fn run(words: &Words) -> Result<u8, Failed> {
         () if found.leaks > found.leaks_fixed => 3,
         () => 0,
     })
+}
+
+/// About what a check reads: the L2 tables, twice for each window of clusters.
+fn to_be_read(file: &mut ImageFile) -> Result<u64, formats::Unsupported> {
+    let header = Header::read(file)?;
+    let mut table = vec![0; index(u64::from(header.l1_entries) * 8)];
+    file.read(header.l1_offset, &mut table)?;
+    let tables = table.chunks_exact(8).filter(|entry| entry.iter().any(|byte| *byte != 0)).count();
+    let windows = (file.length_bytes() / header.shape.cluster_bytes()).div_ceil(qcow2::WINDOW).max(1);
+    Ok(wide(tables) * header.shape.cluster_bytes() * windows * 2)
 }
 
 fn check_qcow2(file: &mut ImageFile, repair: Fix) -> Result<Found, formats::Unsupported> {

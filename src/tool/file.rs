@@ -8,7 +8,9 @@ use std::sync::Arc;
 use formats::bytes::{index, wide};
 use formats::{Failure, Medium};
 use rustix::fs::{FallocateFlags, FlockOperation};
+use rustix::io::Errno;
 
+use super::out::Progress;
 use crate::chains::{Found, Library};
 use crate::storage::{Identity, OpenError};
 
@@ -45,6 +47,8 @@ pub(super) struct ImageFile {
     read_end: u64,
     /// What failed last: more than an errno can say.
     trouble: Option<String>,
+    /// Moves with what is read.
+    progress: Option<(Progress, u64)>,
 }
 
 impl ImageFile {
@@ -59,7 +63,13 @@ impl ImageFile {
             window_at: 0,
             read_end: u64::MAX,
             trouble: None,
+            progress: None,
         }
+    }
+
+    /// Shows how much of it was read, from now on.
+    pub(super) fn show(&mut self, progress: Progress) {
+        self.progress = Some((progress, 0));
     }
 
     /// The file itself, for those who read data.
@@ -104,7 +114,7 @@ impl ImageFile {
                 _ => all_data,
             },
             // No data behind this place.
-            Err(rustix::io::Errno::NXIO) => (true, to),
+            Err(Errno::NXIO) => (true, to),
             Err(_) => all_data,
         }
     }
@@ -175,6 +185,10 @@ impl Medium for ImageFile {
     }
 
     fn read(&mut self, offset_bytes: u64, bytes: &mut [u8]) -> Result<(), Failure> {
+        if let Some((progress, read)) = &mut self.progress {
+            *read += wide(bytes.len());
+            progress.done(*read);
+        }
         if self.copy_from_window(offset_bytes, bytes) {
             return Ok(());
         }
@@ -270,11 +284,18 @@ impl Shell {
             } else {
                 FlockOperation::NonBlockingLockShared
             };
-            if let Err(rustix::io::Errno::WOULDBLOCK) = rustix::fs::flock(&file, how) {
+            let ours = rustix::fs::flock(&file, how) == Err(Errno::WOULDBLOCK);
+            // qemu locks single bytes of what it has open, by another call.
+            let qemus = writable
+                && !is_device
+                && matches!(rustix::fs::fcntl_lock(&file, how), Err(Errno::AGAIN | Errno::ACCESS));
+            if ours || qemus {
                 let hint = if writable { "" } else { ", or read it as it is with -U" };
                 return Err(refuse(
                     path,
-                    format!("is in use by another process, such as a running vbdd; end that first{hint}"),
+                    format!(
+                        "is in use by another process, such as a running vbdd or qemu; end that first{hint}"
+                    ),
                 ));
             }
         }

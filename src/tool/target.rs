@@ -6,6 +6,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::FlockOperation;
+use rustix::io::Errno;
 
 use super::Failed;
 use super::file::ImageFile;
@@ -42,9 +43,17 @@ impl Target {
                 let what = format!("{} is no regular file", path.display());
                 return Err(Error::new(what, "to write to a device, use convert -n").into());
             }
-            let file = File::open(&path).map_err(|error| cannot("look at", &path, &error))?;
-            if rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
-                let what = format!("{} is in use by another process, such as a running vbdd", path.display());
+            let file = OpenOptions::new().read(true).write(true).open(&path);
+            let file = file.map_err(|error| cannot("write to", &path, &error))?;
+            let exclusive = FlockOperation::NonBlockingLockExclusive;
+            let is_locked = rustix::fs::flock(&file, exclusive).is_err();
+            if is_locked
+                || matches!(rustix::fs::fcntl_lock(&file, exclusive), Err(Errno::AGAIN | Errno::ACCESS))
+            {
+                let what = format!(
+                    "{} is in use by another process, such as a running vbdd or qemu",
+                    path.display()
+                );
                 return Err(Error::new(what, "end that first, or choose another name").into());
             }
         }

@@ -217,3 +217,35 @@ pub fn same(one: &[u8], other: &[u8], what: &str) {
         panic!("{what}: byte {at} differs: {} {}", one[at], other[at]);
     }
 }
+
+/// What a chain of VHDs (and a raw image at its end) shows, leaf first: read from Microsoft's specification, and from nothing of ours.
+pub fn vhd_chain(dir: &Scratch, names: &[&str]) -> Vec<u8> {
+    let files: Vec<Vec<u8>> = names.iter().map(|name| std::fs::read(dir.path(name)).unwrap()).collect();
+    let be = |bytes: &[u8], at: usize, width: usize| {
+        bytes[at..at + width].iter().fold(0, |sum, byte| sum << 8 | *byte as usize)
+    };
+    let size = be(&files[0], 48, 8);
+    let sector = |at: usize| {
+        for file in &files {
+            if !file.starts_with(b"conectix") {
+                return file.get(at * 512..at * 512 + 512);
+            }
+            let (kind, header) = (be(file, 60, 4), be(file, 16, 8));
+            let (table, block) = (be(file, header + 16, 8), be(file, header + 32, 4) / 512);
+            if at >= be(file, 48, 8) / 512 {
+                return None;
+            }
+            let start = be(file, table + at / block * 4, 4);
+            let bit = at % block;
+            if start != 0xffff_ffff && file[start * 512 + bit / 8] << (bit % 8) & 0x80 != 0 {
+                let from = (start + (block / 8).div_ceil(512) + bit) * 512;
+                return file.get(from..from + 512);
+            }
+            if kind == 3 {
+                return None;
+            }
+        }
+        None
+    };
+    (0..size / 512).flat_map(|at| sector(at).map_or([0; 512], |found| found.try_into().unwrap())).collect()
+}

@@ -5,6 +5,7 @@ use std::rc::Rc;
 use formats::qcow2::check::{Fix, check};
 use formats::{Disk, Extent, Failure, Limits, Medium, Op, Pages, Payload, Request, WorkKind};
 use vbdd::chains::{self, Found, Library, Wish};
+use vbdd::keep::Left;
 use vbdd::params::{Format, Image};
 use vbdd::storage::{Access, FileId, Identity, Layer, OpenError};
 
@@ -12,7 +13,7 @@ use super::Shared;
 use super::storage::SECTOR;
 
 /// Files by the paths under which the world knows its images.
-pub struct Shelf(pub Rc<Shared>);
+pub struct Shelf(pub Rc<Shared>, pub Left);
 
 /// One image's bytes.
 #[derive(Clone)]
@@ -44,6 +45,10 @@ impl Library for Shelf {
             None => Err(OpenError { path: path.into(), reason: "does not exist".into() }),
         }
     }
+
+    fn left(&mut self, found: &Found<Bytes>) -> Vec<(u64, Vec<u8>)> {
+        self.1.of(found.identity).pages
+    }
 }
 
 /// Opens an image with a format: its layers, leaf first. `open` gives an image a handle.
@@ -51,10 +56,11 @@ pub fn open(
     shared: &Rc<Shared>,
     image: &Image,
     access: Access,
+    left: Left,
     mut open: impl FnMut(usize) -> FileId,
 ) -> Result<Vec<Layer>, OpenError> {
     let wish = Wish { writable: access != Access::ReadOnly, parents: true };
-    let links = chains::open(&mut Shelf(shared.clone()), image, wish)?;
+    let links = chains::open(&mut Shelf(shared.clone(), left), image, wish)?;
     let layer = |link: chains::Link<Bytes>| Layer {
         file: open(link.medium.image),
         identity: link.identity,
@@ -98,6 +104,7 @@ impl Medium for Bytes {
     }
 
     fn sync(&mut self) -> Result<(), Failure> {
+        self.shared.media.borrow_mut().sync(self.image);
         Ok(())
     }
 }
@@ -136,7 +143,8 @@ pub fn contents(shared: &Rc<Shared>, image: usize) -> Result<Vec<[u8; SECTOR]>, 
         }
     }
     let wish = Wish { writable: false, parents: true };
-    let links = chains::open(&mut Shelf(shared.clone()), &named, wish).map_err(|error| error.to_string())?;
+    let links = chains::open(&mut Shelf(shared.clone(), Left::default()), &named, wish)
+        .map_err(|error| error.to_string())?;
     let (mut files, mut layers) = (Vec::new(), Vec::new());
     for (number, link) in (0..).zip(links) {
         files.push(link.medium);

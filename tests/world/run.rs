@@ -233,7 +233,9 @@ impl World {
         for model in self.shared.models.borrow().iter() {
             let content = chains::contents(&self.shared, model.image)?;
             for sector in 0..model.size() {
-                model.check_now(sector, &content[sector as usize])?;
+                model.check_now(sector, &content[sector as usize]).map_err(|what| {
+                    format!("{}: {what}", self.shared.media.borrow().image(model.image).path)
+                })?;
             }
         }
         Ok(())

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
 
 use vbdd::buffers::{Pool, Span};
+use vbdd::keep::Left;
 use vbdd::params::{Format, Image};
 use vbdd::storage::{
     Access, DiscardUnit, Done, FileId, Identity, Io, IoKind, Layer, OpenError, Opened, Storage, StorageError,
@@ -164,6 +165,17 @@ impl Media {
     /// What is visible of an image.
     pub fn bytes(&self, image: usize) -> &[u8] {
         self.images[image].visible.as_flattened()
+    }
+
+    /// Everything that was written to an image, and is visible, is durable.
+    pub fn sync(&mut self, image: usize) {
+        let image = &mut self.images[image];
+        image.cached.clear();
+        image.forgotten.clear();
+        image.taken.clear();
+        image.lengths.clear();
+        image.durable.clone_from(&image.visible);
+        image.durable_sectors = image.visible.len();
     }
 
     /// Somebody else changes an image: visible and durable at once.
@@ -384,6 +396,7 @@ pub struct SimStorage {
     files: Vec<Option<usize>>,
     opened: VecDeque<(u64, Result<Opened, OpenError>)>,
     layers: Vec<(FileId, Vec<Layer>)>,
+    left: Left,
 }
 
 impl SimStorage {
@@ -394,6 +407,7 @@ impl SimStorage {
             files: Vec::new(),
             opened: VecDeque::new(),
             layers: Vec::new(),
+            left: Left::default(),
         }
     }
 
@@ -450,7 +464,8 @@ impl SimStorage {
 
     fn open_layers(&mut self, image: &Image, access: Access) -> Result<Opened, OpenError> {
         let shared = self.shared.clone();
-        let layers = chains::open(&shared, image, access, |number| self.open_number(number))?;
+        let layers =
+            chains::open(&shared, image, access, self.left.clone(), |number| self.open_number(number))?;
         let leaf = &layers[0];
         let granularity_bytes = leaf.format.unit_bytes() as u32;
         let opened = Opened {
@@ -560,6 +575,12 @@ impl Storage for SimStorage {
         self.opened.push_back((token, answer));
     }
 
+    fn set_left(&mut self, left: Left) {
+        if self.shared.plant.get() != Plant::NothingLeft {
+            self.left = left;
+        }
+    }
+
     fn layers(&mut self, file: FileId) -> Option<Vec<Layer>> {
         let place = self.layers.iter().position(|(leaf, _)| *leaf == file)?;
         Some(self.layers.swap_remove(place).1)
@@ -632,7 +653,10 @@ impl Storage for SimStorage {
         let mut media = self.shared.media.borrow_mut();
         let aligned = io.offset_bytes.is_multiple_of(512) && io.span.length_bytes().is_multiple_of(512);
         let end = io.offset_bytes.saturating_add(io.length_bytes()) as usize;
-        let inside = end <= media.images[image].visible.len() * SECTOR || io.kind == IoKind::SetLength;
+        // Formats may read past the end of their file, which reads as zero there.
+        let may_end_outside =
+            io.kind == IoKind::SetLength || io.kind == IoKind::Read && !media.formats.is_empty();
+        let inside = end <= media.images[image].visible.len() * SECTOR || may_end_outside;
         if !aligned || !inside {
             self.shared.fail(format!("a transfer outside the image: {io:?}"));
         }

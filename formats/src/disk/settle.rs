@@ -93,6 +93,12 @@ impl Disk {
 
     /// Runs whoever can run, until nobody can.
     pub(super) fn advance(&mut self, pages: &mut Pages) {
+        self.run(pages);
+        let length = self.layers.first().map_or(0, |leaf| leaf.format.page_bytes() as usize);
+        pages.tell_keeper(length);
+    }
+
+    fn run(&mut self, pages: &mut Pages) {
         let mut tries = 0;
         loop {
             while let Some(actor) = self.ready.pop_front() {

@@ -87,11 +87,10 @@ struct Counter<'a> {
 
 impl Visitor for Counter<'_> {
     fn reference(&mut self, first: u64, count: u64, _: Kind) {
-        let end = self.from + self.counts.len() as u64;
-        for cluster in first.max(self.from)..(first + count).min(end) {
-            if let Some(count) = self.counts.get_mut(index(cluster - self.from)) {
-                *count = count.saturating_add(1);
-            }
+        let (from, to) = within(self.from, (first, count));
+        let to = to.min(self.counts.len());
+        for count in self.counts.get_mut(from..to).unwrap_or_default() {
+            *count = count.saturating_add(1);
         }
     }
 
@@ -101,6 +100,11 @@ impl Visitor for Counter<'_> {
             report.corrupt(what.what, what.at_bytes);
         }
     }
+}
+
+/// A run of clusters as indices of a window that begins at `from`; the end may lie behind the window's.
+fn within(from: u64, (first, count): (u64, u64)) -> (usize, usize) {
+    (index(first.saturating_sub(from)), index((first + count).saturating_sub(from)))
 }
 
 /// Marks of being the only one that do not fit the refcount.
@@ -116,14 +120,21 @@ struct Marks {
 const MARKS_MAX: usize = 64 << 10;
 
 impl Visitor for Marks {
-    fn reference(&mut self, first: u64, _: u64, kind: Kind) {
-        let Kind::Entry { entry_at, copied } = kind else { return };
-        let within = first.checked_sub(self.from).map(index);
-        let Some(&count) = within.and_then(|at| self.counts.get(at)) else { return };
-        if (count == 1) != copied {
-            self.count += 1;
-            if self.wrong.len() < MARKS_MAX {
-                self.wrong.push((entry_at, !copied));
+    fn reference(&mut self, first: u64, count: u64, kind: Kind) {
+        let Kind::Entries { entry_at, step, copied } = kind else { return };
+        let (from, to) = within(self.from, (first, count));
+        let to = to.min(self.counts.len());
+        let counts = self.counts.get(from..to).unwrap_or_default();
+        if counts.iter().all(|count| (*count == 1) == copied) {
+            return;
+        }
+        // A part of the run may lie before the window.
+        for (number, count) in (self.from.saturating_sub(first)..).zip(counts) {
+            if (*count == 1) != copied {
+                self.count += 1;
+                if self.wrong.len() < MARKS_MAX {
+                    self.wrong.push((entry_at + number * step, !copied));
+                }
             }
         }
     }

@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use rustix::io::Errno;
+use rustix::net::{SendAncillaryBuffer, SendFlags};
 
 use super::exports::Exports;
 use super::handshake::{Handshake, Step};
@@ -178,10 +179,11 @@ impl Client {
         cx: &mut Cx<'_, impl Disks>,
     ) {
         let Phase::Session(session) = &mut self.phase else { return };
-        session.answered(place, result, &mut self.output, cx);
         if self.socket.is_none() {
-            self.let_go(cx);
+            // Nobody waits for it: what would follow (a flush, more zeroes) is left undone.
+            return session.over(place, cx);
         }
+        session.answered(place, result, &mut self.output, cx);
     }
 
     /// Sends what it can. False: the connection is of no use any more.
@@ -193,7 +195,14 @@ impl Client {
             let Some(socket) = &self.socket else { return true };
             let mut slices = [IoSlice::new(&[]); SLICES];
             let count = self.output.gather(cx.disks.buffers(), &mut slices);
-            match rustix::io::writev(socket, slices.get(..count).unwrap_or_default()) {
+            let slices = slices.get(..count).unwrap_or_default();
+            // A client that is gone is an error here, and not a signal.
+            match rustix::net::sendmsg(
+                socket,
+                slices,
+                &mut SendAncillaryBuffer::default(),
+                SendFlags::NOSIGNAL,
+            ) {
                 Ok(bytes) => {
                     let session = &mut self.phase;
                     let moved = self.output.sent(bytes, |place| {
