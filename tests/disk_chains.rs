@@ -1,8 +1,15 @@
 //! Images with formats through the whole of storage: random requests on QCOW2 and VHD chains in real files, beside a shadow;
 //! what is closed is looked at by qemu's tools.
-#![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, clippy::print_stdout)]
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::print_stdout
+)]
+#![allow(clippy::cast_possible_truncation)]
 
-#[allow(dead_code)]
 mod storage_support;
 
 use std::collections::HashMap;

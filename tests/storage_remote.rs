@@ -23,6 +23,10 @@ fn rig(directory: &Directory, patience: Option<Duration>) -> Rig {
     Rig::new(&Options { servers, server_patience: patience, ..options(&directory.0, EngineChoice::Auto) })
 }
 
+fn free_port() -> u16 {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
 fn end(rig: &mut Rig, file: FileId, kind: IoKind, offset: u64) -> Result<(), StorageError> {
     let token = rig.queue(file, kind, offset, Span::EMPTY);
     rig.finish(token)
@@ -213,8 +217,9 @@ fn every_server_is_understood_under_load() {
         let image = directory.file("image", &pattern(size, 3));
         let socket = directory.path("s");
         let conf = format!(
-            "[generic]\nunixsock = {socket}\nport = 0\nlistenaddr = 127.0.0.1\n\
-             [disk]\nexportname = {image}\nflush = true\nfua = true\ntrim = true\n"
+            "[generic]\nunixsock = {socket}\nport = {}\nlistenaddr = 127.0.0.1\n\
+             [disk]\nexportname = {image}\nflush = true\nfua = true\ntrim = true\n",
+            free_port()
         );
         directory.file("conf", conf.as_bytes());
         let server = Server::new(&directory, command);
@@ -381,9 +386,7 @@ fn what_may_not_be_asked_or_cannot_be_is_said() {
 fn servers_by_tcp() {
     let directory = place("remote-tcp");
     let image = directory.file("image", &pattern(1 << 20, 3));
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let port = listener.local_addr().unwrap().port();
-    drop(listener);
+    let port = free_port();
     let pid = directory.path("s");
     let port_text = port.to_string();
     // The file of its process number tells that it listens.

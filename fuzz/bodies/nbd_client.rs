@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
 
-use vbdd::nbd::client::{Address, Command, Export, Memory, Request, Session, greet};
+use vbdd::nbd::client::{Address, Command, Export, Memory, Purpose, Request, Session, greet};
 use vbdd::nbd::wire::{Chunk, Request as Header, SimpleReply, transmission};
 
 /// A server that has said all it will ever say.
@@ -139,7 +139,8 @@ fn play_session(flags: u8, data: &[u8]) {
         structured,
     };
     let kept = if flags & 4 == 0 { 1 << 20 } else { 3000 };
-    let Ok(session) = Session::new(export, flags & 8 == 0, kept) else { return };
+    let purpose = if flags & 8 == 0 { Purpose::Writing } else { Purpose::Reading };
+    let Ok(session) = Session::new(export, purpose, kept) else { return };
     let room = Room { zeroes: vec![0; 4096], ..Room::default() };
     let mut client = Client { session, room, structured, up: true, pushed: 0, sent: Vec::new() };
     let mut rest = data;

@@ -13,4 +13,4 @@ mod receiver;
 
 pub use address::{Address, Allowed, Place};
 pub use greeting::{Export, greet};
-pub use session::{Command, Memory, Misbehaved, Request, Session};
+pub use session::{Command, Memory, Misbehaved, Purpose, Request, Session};

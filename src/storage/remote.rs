@@ -27,7 +27,7 @@ use super::workers::{Bell, Workers};
 use super::{IoKind, StorageError};
 use crate::buffers::Span;
 use crate::limits::{NBD_UNFLUSHED_BYTES, NBD_UNFLUSHED_IMAGE_BYTES};
-use crate::nbd::client::{Address, Command, Export, Memory, Request, Session};
+use crate::nbd::client::{Address, Command, Export, Memory, Purpose, Request, Session};
 use crate::nbd::wire::{error, transmission};
 use link::Remote;
 
@@ -68,7 +68,7 @@ struct Goal {
     /// As the caller spells it.
     path: String,
     servers: Arc<Servers>,
-    writable: bool,
+    purpose: Purpose,
 }
 
 /// A job for a thread.
@@ -189,6 +189,7 @@ impl Remotes {
     /// Lets go of an image that nobody uses any more.
     pub(super) fn remove(&mut self, number: u32) {
         let Some(remote) = self.remotes.get_mut(number as usize).and_then(Option::take) else { return };
+        while self.remotes.pop_if(|last| last.is_none()).is_some() {}
         if let Some(errand) = remote.leave() {
             // Without a thread it just hangs up.
             drop(self.connectors.give(errand));
@@ -396,6 +397,6 @@ impl Remotes {
 }
 
 /// A session for an image that is used from now on.
-fn session_for<M: Copy>(export: Export, writable: bool) -> Result<Session<M>, &'static str> {
-    Session::new(export, writable, NBD_UNFLUSHED_IMAGE_BYTES.1)
+fn session_for<M: Copy>(export: Export, purpose: Purpose) -> Result<Session<M>, &'static str> {
+    Session::new(export, purpose, NBD_UNFLUSHED_IMAGE_BYTES.1)
 }

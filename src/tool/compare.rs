@@ -1,5 +1,7 @@
 //! `vbdd image compare`.
 
+use std::collections::VecDeque;
+
 use formats::SECTOR_BYTES;
 use formats::bytes::{index, wide};
 
@@ -7,7 +9,7 @@ use super::file::{Lock, Shell};
 use super::json::Object;
 use super::layers::Chain;
 use super::out::Progress;
-use super::read::{Fill, Pool, What, fill, stretch};
+use super::read::{Fill, Job, Pool, What, stretch};
 use super::words::{self, Options, Words};
 use super::{Command, Failed};
 use crate::cli::print;
@@ -69,26 +71,6 @@ pub(super) fn pair(one: &mut Chain, other: &mut Chain, from: u64, end: u64) -> R
     Ok((Pair::Data(fills(first), fills(second)), sectors))
 }
 
-/// Where two parts begin to differ.
-type Difference = Result<Option<u64>, Failed>;
-
-struct Job {
-    sector: u64,
-    length: usize,
-    fills: (Vec<Fill>, Vec<Fill>),
-}
-
-fn look(job: Job) -> Difference {
-    let (mut one, mut other) = (Vec::new(), Vec::new());
-    fill(&job.fills.0, job.length, &mut one)?;
-    fill(&job.fills.1, job.length, &mut other)?;
-    if one == other {
-        return Ok(None);
-    }
-    let same = one.iter().zip(&other).take_while(|(one, other)| one == other).count();
-    Ok(Some(job.sector * SECTOR_BYTES + wide(same)))
-}
-
 fn compare(words: &Words) -> Result<u8, Failed> {
     compared(words).map_err(|failed| failed.with_code(2))
 }
@@ -128,24 +110,32 @@ fn compared(words: &Words) -> Result<u8, Failed> {
     Ok(u8::from(!same))
 }
 
-fn first_difference(one: &mut Chain, other: &mut Chain, end: u64, quiet: bool) -> Difference {
+/// The first byte in which two disks differ.
+fn first_difference(
+    one: &mut Chain,
+    other: &mut Chain,
+    end: u64,
+    quiet: bool,
+) -> Result<Option<u64>, Failed> {
     let mut progress = Progress::new("compare", end * SECTOR_BYTES, quiet);
-    let mut pool: Pool<Job, Difference> = Pool::new(look)?;
-    let (mut at, mut open) = (0, 0);
-    while at < end || open > 0 {
+    let pool = Pool::new()?;
+    let mut begins = VecDeque::new();
+    let mut at = 0;
+    while at < end || !begins.is_empty() {
         if at < end && !pool.is_full() {
             let (found, sectors) = pair(one, other, at, end)?;
-            if let Pair::Data(ours, theirs) = found {
-                pool.give(Job { sector: at, length: index(sectors * SECTOR_BYTES), fills: (ours, theirs) })?;
-                open += 1;
+            if let Pair::Data(fills, others) = found {
+                let length = index(sectors * SECTOR_BYTES);
+                pool.give(Job { fills, others: Some(others), length, part: Vec::new() });
+                begins.push_back(at * SECTOR_BYTES);
             }
             at += sectors;
             progress.done(at * SECTOR_BYTES);
             continue;
         }
-        open -= 1;
-        if let Some(found) = pool.take()?? {
-            return Ok(Some(found));
+        let begin = begins.pop_front().unwrap_or(0);
+        if let (_, Some(found)) = pool.take()? {
+            return Ok(Some(begin + wide(found)));
         }
     }
     Ok(None)

@@ -17,7 +17,7 @@ use crate::storage::{Identity, OpenError};
 /// Metadata that are read one after another come from reads of this size.
 const WINDOW_BYTES: usize = 64 << 10;
 /// Zeroes that are written at a time, where a file system has no call for it.
-static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+const ZEROES_BYTES: usize = 1 << 20;
 
 /// What the tool holds against others while it has a file open. A running vbdd locks the images that it writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -132,10 +132,10 @@ impl ImageFile {
     /// # Errors
     /// What the system says.
     pub(super) fn write_zeroes(&mut self, mut offset_bytes: u64, end: u64) -> Result<(), Failure> {
+        let zeroes = vec![0; ZEROES_BYTES.min(index(end.saturating_sub(offset_bytes)))];
         while offset_bytes < end {
-            let part = (end - offset_bytes).min(wide(ZEROES.len()));
-            let zeroes = ZEROES.get(..index(part)).unwrap_or_default();
-            self.write(offset_bytes, zeroes)?;
+            let part = (end - offset_bytes).min(wide(zeroes.len()));
+            self.write(offset_bytes, zeroes.get(..index(part)).unwrap_or_default())?;
             offset_bytes += part;
         }
         Ok(())

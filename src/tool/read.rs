@@ -2,8 +2,7 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use formats::bytes::index;
 use formats::qcow2::{Compression, unpack};
@@ -18,9 +17,9 @@ use crate::error::Error;
 pub(super) const PART_BYTES: u64 = 2 << 20;
 /// Pieces of a job at most: fragmented images have small ones.
 const PIECES_MAX: usize = 512;
-/// Threads, and jobs that each may have. With the parts that are being used: 16 MiB.
+/// Threads, and jobs that are begun or wait. With the part that is being used: 14 MiB.
 const THREADS: usize = 2;
-const JOBS_EACH: usize = 3;
+const JOBS_MAX: usize = 6;
 
 /// Where the bytes of a part come from.
 #[derive(Clone, Debug)]
@@ -148,75 +147,147 @@ fn unpack_into(
     Ok(())
 }
 
-/// Threads that do jobs; answers come in the order of the jobs.
-#[derive(Debug)]
-pub(super) struct Pool<J, R> {
-    workers: Vec<(SyncSender<J>, Receiver<R>)>,
-    given: usize,
-    taken: usize,
+/// What a thread is to do: fill a part, or two and say where they begin to differ.
+#[derive(Debug, Default)]
+pub(super) struct Job {
+    /// Of the first part.
+    pub(super) fills: Vec<Fill>,
+    /// Of the second, if there is to be one.
+    pub(super) others: Option<Vec<Fill>>,
+    /// Bytes of either.
+    pub(super) length: usize,
+    /// Memory for the first.
+    pub(super) part: Vec<u8>,
 }
 
-impl<J: Send + 'static, R: Send + 'static> Pool<J, R> {
+/// The first part, and where the second differs from it.
+pub(super) type Answer = Result<(Vec<u8>, Option<usize>), Failed>;
+
+impl Job {
+    fn run(mut self) -> Answer {
+        fill(&self.fills, self.length, &mut self.part)?;
+        let mut difference = None;
+        if let Some(others) = &self.others {
+            let mut other = Vec::new();
+            fill(others, self.length, &mut other)?;
+            if self.part != other {
+                difference = self.part.iter().zip(&other).position(|(one, other)| one != other);
+            }
+        }
+        Ok((self.part, difference))
+    }
+}
+
+#[derive(Debug, Default)]
+struct Queue {
+    /// Not begun, with the place of their answers.
+    jobs: VecDeque<(usize, Job)>,
+    /// In the order of the jobs; the first is number `taken`.
+    answers: VecDeque<Option<Answer>>,
+    taken: usize,
+    closed: bool,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    queue: Mutex<Queue>,
+    changed: Condvar,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait<'a>(&self, queue: MutexGuard<'a, Queue>) -> MutexGuard<'a, Queue> {
+        self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn work(&self) {
+        let mut queue = self.lock();
+        while !queue.closed {
+            let Some((number, job)) = queue.jobs.pop_front() else {
+                queue = self.wait(queue);
+                continue;
+            };
+            drop(queue);
+            let answer = job.run();
+            queue = self.lock();
+            let place = number - queue.taken;
+            if let Some(place) = queue.answers.get_mut(place) {
+                *place = Some(answer);
+            }
+            self.changed.notify_all();
+        }
+    }
+}
+
+/// Threads that do jobs; answers come in the order of the jobs.
+#[derive(Debug)]
+pub(super) struct Pool(Arc<Shared>);
+
+impl Pool {
     /// Starts the threads.
     ///
     /// # Errors
     /// When the system has none.
-    pub(super) fn new(run: fn(J) -> R) -> Result<Pool<J, R>, Failed> {
-        let mut workers = Vec::new();
+    pub(super) fn new() -> Result<Pool, Failed> {
+        let pool = Pool(Arc::default());
         for _ in 0..THREADS {
-            let (jobs, inbox) = sync_channel::<J>(JOBS_EACH);
-            let (outbox, answers) = sync_channel::<R>(JOBS_EACH);
-            let work = move || {
-                while let Ok(job) = inbox.recv() {
-                    if outbox.send(run(job)).is_err() {
-                        break;
-                    }
-                }
-            };
-            let started = std::thread::Builder::new().name("reader".into()).spawn(work);
+            let shared = Arc::clone(&pool.0);
+            let started = std::thread::Builder::new().name("reader".into()).spawn(move || shared.work());
             started.map_err(|error| Error::new(format!("cannot start a thread: {error}"), ""))?;
-            workers.push((jobs, answers));
         }
-        Ok(Pool { workers, given: 0, taken: 0 })
+        Ok(pool)
+    }
+
+    /// Jobs whose answers were not taken.
+    #[must_use]
+    pub(super) fn open(&self) -> usize {
+        self.0.lock().answers.len()
     }
 
     /// Whether an answer should be taken before another job is given.
     #[must_use]
     pub(super) fn is_full(&self) -> bool {
-        self.given - self.taken >= THREADS * JOBS_EACH
+        self.open() >= JOBS_MAX
     }
 
     /// Gives a job.
-    ///
-    /// # Errors
-    /// When the threads are gone.
-    pub(super) fn give(&mut self, job: J) -> Result<(), Failed> {
-        let worker = self.workers.get(self.given % THREADS);
-        self.given += 1;
-        worker.and_then(|(jobs, _)| jobs.send(job).ok()).ok_or_else(gone)
+    pub(super) fn give(&self, job: Job) {
+        let mut queue = self.0.lock();
+        let number = queue.taken + queue.answers.len();
+        queue.answers.push_back(None);
+        queue.jobs.push_back((number, job));
+        self.0.changed.notify_all();
     }
 
-    /// Takes the oldest answer.
+    /// Takes the oldest answer; there must be a job that has none yet.
     ///
     /// # Errors
-    /// When the threads are gone.
-    pub(super) fn take(&mut self) -> Result<R, Failed> {
-        let worker = self.workers.get(self.taken % THREADS);
-        self.taken += 1;
-        worker.and_then(|(_, answers)| answers.recv().ok()).ok_or_else(gone)
+    /// Why the job could not be done.
+    pub(super) fn take(&self) -> Answer {
+        let mut queue = self.0.lock();
+        loop {
+            match queue.answers.front_mut().map(Option::take) {
+                Some(Some(answer)) => {
+                    queue.answers.pop_front();
+                    queue.taken += 1;
+                    return answer;
+                }
+                Some(None) => queue = self.0.wait(queue),
+                None => return Err(Error::new("no job was given", "").into()),
+            }
+        }
     }
 }
 
-fn gone() -> Failed {
-    Error::new("a reading thread ended", "").into()
-}
-
-/// A part to be read.
-#[derive(Debug)]
-struct Job {
-    fills: Vec<Fill>,
-    length: usize,
-    part: Vec<u8>,
+impl Drop for Pool {
+    fn drop(&mut self) {
+        let mut queue = self.0.lock();
+        queue.closed = true;
+        self.0.changed.notify_all();
+    }
 }
 
 /// A stretch of a disk, with its bytes.
@@ -247,7 +318,7 @@ pub(super) struct Stream<'a> {
     chain: &'a mut Chain,
     at: u64,
     end: u64,
-    pool: Pool<Job, Result<Vec<u8>, Failed>>,
+    pool: Pool,
     /// What was planned; data are being read.
     ahead: VecDeque<Stretch>,
     spare: Vec<Vec<u8>>,
@@ -259,12 +330,8 @@ impl Stream<'_> {
     /// # Errors
     /// When there are no threads.
     pub(super) fn new(chain: &mut Chain) -> Result<Stream<'_>, Failed> {
-        let run = |mut job: Job| {
-            fill(&job.fills, job.length, &mut job.part)?;
-            Ok(job.part)
-        };
         let end = chain.sectors;
-        Ok(Stream { chain, at: 0, end, pool: Pool::new(run)?, ahead: VecDeque::new(), spare: Vec::new() })
+        Ok(Stream { chain, at: 0, end, pool: Pool::new()?, ahead: VecDeque::new(), spare: Vec::new() })
     }
 
     /// The next stretch; `None` at the end.
@@ -279,7 +346,7 @@ impl Stream<'_> {
                 What::Zero => Bytes::Zero,
                 What::Data(fills) => {
                     let part = self.spare.pop().unwrap_or_default();
-                    self.pool.give(Job { fills, length: index(sectors * SECTOR_BYTES), part })?;
+                    self.pool.give(Job { fills, others: None, length: index(sectors * SECTOR_BYTES), part });
                     Bytes::Data(Vec::new())
                 }
             };
@@ -288,7 +355,7 @@ impl Stream<'_> {
         }
         let Some(mut stretch) = self.ahead.pop_front() else { return Ok(None) };
         if let Bytes::Data(part) = &mut stretch.bytes {
-            *part = self.pool.take()??;
+            *part = self.pool.take()?.0;
         }
         Ok(Some(stretch))
     }
@@ -343,19 +410,19 @@ mod tests {
 
     #[test]
     fn answers_come_in_the_order_of_jobs() {
-        let mut pool = Pool::new(|n: u64| {
-            std::thread::sleep(std::time::Duration::from_millis(n % 3));
-            n
-        })
-        .unwrap();
+        let pool = Pool::new().unwrap();
         let (mut given, mut taken) = (0, 0);
         while taken < 100 {
             while given < 100 && !pool.is_full() {
-                pool.give(given).unwrap();
+                // Larger parts take longer.
+                let others = (given % 2 == 0).then(Vec::new);
+                pool.give(Job { length: 1 + given * 7919 % 100_000, others, ..Job::default() });
                 given += 1;
             }
-            assert_eq!(pool.take().unwrap(), taken);
+            let (part, difference) = pool.take().unwrap();
+            assert_eq!((part.len(), difference), (1 + taken * 7919 % 100_000, None));
             taken += 1;
         }
+        assert_eq!((pool.open(), pool.take().is_err()), (0, true));
     }
 }

@@ -8,11 +8,13 @@ use super::compare::{Pair, pair};
 use super::create::{Below, backing_format, below, parent, relative};
 use super::drive::Drive;
 use super::file::{Lock, Shell};
+use super::json::Object;
 use super::layers::Chain;
 use super::out::Progress;
 use super::read::{PART_BYTES, all_zero};
 use super::words::{self, Options, Words};
 use super::{Command, Failed, trouble};
+use crate::cli::print;
 use crate::error::Error;
 use crate::params::{Format, Image};
 
@@ -33,6 +35,7 @@ Usage: vbdd image rebase [-u] [-f FORMAT] -b BACKING -F FORMAT FORMAT:PATH
   -F FORMAT   the new parent's format
   -u          only write the new name down: the parent holds the same, or was moved
   -p          accepted
+  --json      the image and its parent's name as JSON
 
 Without -u the disk stays what it is: where the old and the new parent differ, what the old one holds is copied first. This can be
 interrupted at any time, and begun again.
@@ -61,19 +64,25 @@ fn run(words: &Words) -> Result<u8, Failed> {
     if unsafely {
         let (mut file, _) =
             shell.open_file(&image.path, true).map_err(|error| super::opening(error, &image))?;
-        return switch(&image, &mut file, new.as_ref());
+        switch(&image, &mut file, new.as_ref())?;
+    } else {
+        let mut drive = Drive::open(&image, shell, true)?;
+        copy(&image, new.as_ref(), &mut drive, words.has("q"))?;
+        drive.close()?;
+        if let Some(file) = drive.leaf() {
+            switch(&image, file, new.as_ref())?;
+        }
     }
-    let mut drive = Drive::open(&image, shell, true)?;
-    copy(&image, new.as_ref(), &mut drive, words.has("q"))?;
-    drive.close()?;
-    match drive.leaf() {
-        Some(file) => switch(&image, file, new.as_ref()),
-        None => Ok(0),
+    if words.has("json") {
+        let object = Object::new().text("filename", &image.path);
+        let name = new.as_ref().map(|new| new.name.as_str());
+        print(&(object.maybe("backing-filename", name).end() + "\n"))?;
     }
+    Ok(0)
 }
 
 /// Writes the parent's name down.
-fn switch(image: &Image, file: &mut super::file::ImageFile, new: Option<&Below>) -> Result<u8, Failed> {
+fn switch(image: &Image, file: &mut super::file::ImageFile, new: Option<&Below>) -> Result<(), Failed> {
     let done = match (image.format, new) {
         (Format::Vhd, Some(new)) => {
             let mut parent = parent(new)?;
@@ -84,8 +93,7 @@ fn switch(image: &Image, file: &mut super::file::ImageFile, new: Option<&Below>)
         (_, Some(new)) => set_backing(file, Some((&new.name, backing_format(new.image.format)))),
         (_, None) => set_backing(file, None),
     };
-    done.map_err(|why| trouble(image, file, &why))?;
-    Ok(0)
+    done.map_err(|why| trouble(image, file, &why))
 }
 
 /// Copies into the image what the old parent holds and the new one does not.

@@ -13,6 +13,7 @@ use super::json::Object;
 use super::out::{Out, human};
 use super::words::{self, Options, Words};
 use super::{Command, Failed, trouble};
+use crate::cli::print;
 use crate::error::Error;
 use crate::params::{Format, Image};
 
@@ -44,6 +45,7 @@ Usage: vbdd image hide [--off] [-f FORMAT] FORMAT:PATH
 
   -f FORMAT  qcow2 or vhd, where PATH does not say it
   --off      take the mark away
+  --json     the image and its mark as JSON
 ";
 
 /// Who an image is built on.
@@ -313,5 +315,8 @@ fn hide(words: &Words) -> Result<u8, Failed> {
         Format::Vhd => change::set_hidden(&mut file, hidden),
     };
     done.map_err(|why| trouble(&image, &file, &why))?;
+    if words.has("json") {
+        print(&(Object::new().text("filename", &image.path).flag("hidden", hidden).end() + "\n"))?;
+    }
     Ok(0)
 }

@@ -5,6 +5,7 @@ use formats::qcow2::{Header, create as qcow2};
 
 use super::create::{Below, Plan, now, relative};
 use super::file::{ImageFile, Lock, Shell};
+use super::json::Object;
 use super::layers::{Chain, Facts};
 use super::target::Target;
 use super::words::{self, Options, Words};
@@ -34,7 +35,7 @@ Usage: vbdd image snapshot [-f qcow2] -l | -c NAME | -a NAME | -d NAME  FORMAT:P
   -O FORMAT  of CHILD, where the parent is raw: qcow2 or vhd. Else it is the parent's
   -o ...     settings of CHILD, as of vbdd image create
   -U         accepted with -l
-  --json     with -l: the list as JSON
+  --json     the list of internal snapshots, or the new image, as JSON
 
 CHILD is a new image over PARENT, which from then on must not be written. It names it relative to its own directory.
 ";
@@ -60,7 +61,8 @@ fn internal(words: &Words) -> Result<u8, Failed> {
     let opened = Shell { lock: Lock::None }.open_file(&image.path, !words.has("l"));
     let (mut file, _) = opened.map_err(|error| super::opening(error, &image))?;
     act(words, &mut file).map_err(|why| trouble(&image, &file, &why))?;
-    if words.has("l") {
+    // After a change as JSON: what there is now.
+    if words.has("l") || words.has("json") {
         let header = Header::read(&mut file);
         let list = header.and_then(|header| snapshots::list(&mut file, &header));
         let list = list.map_err(|why| trouble(&image, &file, &why))?;
@@ -135,5 +137,10 @@ fn external(words: &Words) -> Result<u8, Failed> {
     let made = Image { format, path: target.temporary().to_string_lossy().into_owned() };
     Chain::open(&made, Shell { lock: Lock::None }, true)?;
     target.finish(&file.file())?;
+    if words.has("json") {
+        let object = Object::new().text("filename", &child.path).text("format", format.name());
+        let object = object.number("virtual-size", size).text("backing-filename", &below.name);
+        print(&(object.end() + "\n"))?;
+    }
     Ok(0)
 }

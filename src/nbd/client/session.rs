@@ -27,6 +27,17 @@ const WINDOW: usize = 128;
 /// Requests held, at most: what fits into a cookie's lower half. More are refused with `ENOMEM`.
 const ENTRIES_MAX: usize = 1 << 15;
 
+/// What an export is used for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// It is read.
+    Reading,
+    /// It is written, and by nobody else.
+    Writing,
+    /// Others write it too. What they have written must not be overwritten by what was answered before.
+    WritingShared,
+}
+
 /// What is to be done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Command {
@@ -164,20 +175,25 @@ pub struct Session<M> {
 }
 
 impl<M: Copy> Session<M> {
-    /// For an export that has just been agreed upon. `writable`: the caller is going to write. `unflushed_bytes` bounds the
-    /// memory for writes that no flush has covered.
+    /// For an export that has just been agreed upon. `unflushed_bytes` bounds the memory for writes that no flush has covered.
     ///
     /// # Errors
     /// A sentence, where the export cannot be used so.
-    pub fn new(export: Export, writable: bool, unflushed_bytes: u64) -> Result<Session<M>, &'static str> {
-        let durability = match writable {
-            false => Durability::Nothing,
-            true if export.can(transmission::READ_ONLY) => return Err("the server lets it only be read"),
-            true if export.can(transmission::SEND_FLUSH) => Durability::Flush,
-            true if export.can(transmission::SEND_FUA) => Durability::EachWrite,
-            true => {
+    pub fn new(export: Export, purpose: Purpose, unflushed_bytes: u64) -> Result<Session<M>, &'static str> {
+        let (flush, each_write) = (export.can(transmission::SEND_FLUSH), export.can(transmission::SEND_FUA));
+        let durability = match purpose {
+            Purpose::Reading => Durability::Nothing,
+            _ if export.can(transmission::READ_ONLY) => return Err("the server lets it only be read"),
+            Purpose::Writing if flush => Durability::Flush,
+            Purpose::Writing | Purpose::WritingShared if each_write => Durability::EachWrite,
+            Purpose::Writing => {
                 return Err(
                     "the server cannot make data durable (it offers neither flush nor FUA), so it may only be read",
+                );
+            }
+            Purpose::WritingShared => {
+                return Err(
+                    "others write it too, and the server offers no FUA, without which that is not safe",
                 );
             }
         };

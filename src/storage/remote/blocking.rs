@@ -10,7 +10,7 @@ use rustix::event::EventfdFlags;
 
 use super::connect::{Servers, Stream};
 use super::{Connected, Goal, errno, session_for};
-use crate::nbd::client::{Address, Command, Export, Memory, Request, Session};
+use crate::nbd::client::{Address, Command, Export, Memory, Purpose, Request, Session};
 use crate::nbd::wire::{self, command, transmission};
 use crate::storage::legs::{BLOCK_BYTES_MAX, SECTOR_BYTES, Shape};
 use crate::storage::medium::{Path, Prepared};
@@ -46,8 +46,12 @@ pub(in crate::storage) fn open(
     let refuse = |reason: String| OpenError { path: path.into(), reason };
     let address = Address::parse(path).map_err(|why| refuse(format!("is no address of a server: {why}")))?;
     let (stream, export) = servers.connect(&address).map_err(refuse)?;
-    let writable = access != Access::ReadOnly;
-    let session = session_for(export, writable).map_err(|why| refuse(why.into()))?;
+    let purpose = match access {
+        Access::ReadOnly => Purpose::Reading,
+        Access::ReadWrite => Purpose::Writing,
+        Access::ReadWriteShared => Purpose::WritingShared,
+    };
+    let session = session_for(export, purpose).map_err(|why| refuse(why.into()))?;
     let block = export.least_bytes.max(SECTOR_BYTES);
     if block > BLOCK_BYTES_MAX {
         return Err(refuse(format!(
@@ -61,7 +65,7 @@ pub(in crate::storage) fn open(
     }
     let stand_in = rustix::event::eventfd(0, EventfdFlags::CLOEXEC)
         .map_err(|errno| refuse(format!("cannot be opened: {errno}")))?;
-    let goal = Arc::new(Goal { address, path: path.into(), servers: Arc::clone(servers), writable });
+    let goal = Arc::new(Goal { address, path: path.into(), servers: Arc::clone(servers), purpose });
     Ok(Blocking { stream, session, goal, access, shape, stand_in })
 }
 
@@ -154,10 +158,15 @@ impl Blocking {
     }
 
     /// Flushes if asked to, and says good-bye.
-    pub(super) fn leave(socket: OwnedFd, export: Export, flush: bool, writable: bool) -> Result<(), String> {
+    pub(super) fn leave(
+        socket: OwnedFd,
+        export: Export,
+        flush: bool,
+        purpose: Purpose,
+    ) -> Result<(), String> {
         let mut stream = Stream::new(socket);
         if flush {
-            let mut session = session_for(export, writable)?;
+            let mut session = session_for(export, purpose)?;
             let room = Room { writes: &[], reads: &mut [], answer: None };
             exchange(&mut stream, &mut session, Command::Flush, 0, 0, room)
                 .map_err(|failure| failure.to_string())?;

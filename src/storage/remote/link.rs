@@ -12,7 +12,7 @@ use rustix::net::{SendAncillaryBuffer, SendFlags};
 use super::blocking::Blocking;
 use super::{Answer, Connected, Errand, Goal, SCRATCH_BYTES, session_for};
 use crate::buffers::Span;
-use crate::nbd::client::{Export, Memory, Request, Session};
+use crate::nbd::client::{Export, Memory, Purpose, Request, Session};
 use crate::nbd::wire::{error, transmission};
 use crate::storage::calls;
 
@@ -73,7 +73,7 @@ impl Remote {
     pub(super) fn new(connected: Connected, number: u32, use_count: u64, epoll: &OwnedFd) -> Option<Remote> {
         let Connected { socket, export, goal } = connected;
         let mut remote = Remote {
-            session: session_for(export, goal.writable).ok()?,
+            session: session_for(export, goal.purpose).ok()?,
             dirty: false,
             goal,
             number,
@@ -244,7 +244,7 @@ impl Remote {
     ) -> Result<(), String> {
         let old = self.session.export();
         let needed = old.flags & (transmission::SEND_FLUSH | transmission::SEND_FUA);
-        let may_write = !self.goal.writable || !export.can(transmission::READ_ONLY);
+        let may_write = self.goal.purpose == Purpose::Reading || !export.can(transmission::READ_ONLY);
         let blocks = export.least_bytes <= old.least_bytes && export.most_bytes >= old.most_bytes;
         if export.size_bytes != old.size_bytes {
             let (is, was) = (export.size_bytes, old.size_bytes);
@@ -308,7 +308,7 @@ pub(super) fn work(errand: Errand) -> Option<Answer> {
             Some((number, use_count, result.map(|(stream, export)| (stream.into_fd(), export))))
         }
         Errand::Leave { socket, export, flush, goal } => {
-            if let Err(why) = Blocking::leave(socket, export, flush, goal.writable) {
+            if let Err(why) = Blocking::leave(socket, export, flush, goal.purpose) {
                 log::warn!("{}: the server did not flush at the end: {why}", goal.path);
             }
             None

@@ -183,7 +183,7 @@ impl World {
     fn new(seed: u64, kept: u64) -> World {
         let structured = seed.is_multiple_of(2);
         World {
-            session: Session::new(export(structured), true, kept).unwrap(),
+            session: Session::new(export(structured), Purpose::Writing, kept).unwrap(),
             room: Room::default(),
             server: Server::new(structured),
             dice: Dice(seed),
@@ -370,7 +370,7 @@ fn request(tag: u32, command: Command, offset_bytes: u64, length_bytes: u32) -> 
 
 /// A session with a read of 64 bytes at 32 in flight; answers with its cookie, too.
 fn reading(structured: bool) -> (Session<u32>, Room, u64) {
-    let mut session = Session::new(export(structured), true, 1000).unwrap();
+    let mut session = Session::new(export(structured), Purpose::Writing, 1000).unwrap();
     let mut room = Room::default();
     room.memory.insert(1, vec![0xee; 64]);
     session.push(request(1, Command::Read, 32, 64), &mut room);
@@ -489,7 +489,8 @@ fn settle(session: &mut Session<u32>, room: &mut Room, server: &mut Server, dice
 
 #[test]
 fn after_a_flush_that_failed_none_succeeds_and_after_a_loss_nothing_does() {
-    let (mut session, mut room) = (Session::new(export(false), true, 1000).unwrap(), Room::default());
+    let (mut session, mut room) =
+        (Session::new(export(false), Purpose::Writing, 1000).unwrap(), Room::default());
     let (mut server, mut dice) = (Server::new(false), Dice(1));
     room.memory.insert(1, vec![5; 32]);
     session.push(request(1, Command::Write, 0, 32), &mut room);
@@ -518,14 +519,20 @@ fn after_a_flush_that_failed_none_succeeds_and_after_a_loss_nothing_does() {
 #[test]
 fn exports_that_cannot_keep_what_is_written_are_not_written() {
     let with = |flags| Export { flags: transmission::HAS_FLAGS | flags, ..export(false) };
-    let open = |flags, writable| Session::<u32>::new(with(flags), writable, 1000).map(|_| ());
-    assert!(open(0, true).unwrap_err().contains("durable"));
+    let open = |flags, purpose| Session::<u32>::new(with(flags), purpose, 1000).map(|_| ());
+    assert!(open(0, Purpose::Writing).unwrap_err().contains("durable"));
+    // What was answered is not written again where others may have written since.
+    let shared = open(transmission::SEND_FLUSH, Purpose::WritingShared);
+    assert!(shared.unwrap_err().contains("no FUA"));
+    assert_eq!(open(transmission::SEND_FUA, Purpose::WritingShared), Ok(()));
     assert!(
-        open(transmission::READ_ONLY | transmission::SEND_FLUSH, true).unwrap_err().contains("only be read")
+        open(transmission::READ_ONLY | transmission::SEND_FLUSH, Purpose::Writing)
+            .unwrap_err()
+            .contains("only be read")
     );
-    assert_eq!(open(transmission::READ_ONLY, false), Ok(()));
+    assert_eq!(open(transmission::READ_ONLY, Purpose::Reading), Ok(()));
     // With FUA alone each write is durable when it is answered, and a flush has nothing to do.
-    let mut session = Session::new(with(transmission::SEND_FUA), true, 1000).unwrap();
+    let mut session = Session::new(with(transmission::SEND_FUA), Purpose::Writing, 1000).unwrap();
     let mut room = Room::default();
     room.memory.insert(1, vec![5; 32]);
     session.push(request(1, Command::Write, 0, 32), &mut room);
@@ -538,7 +545,8 @@ fn exports_that_cannot_keep_what_is_written_are_not_written() {
 
 #[test]
 fn everybody_is_told_when_all_is_given_up() {
-    let (mut session, mut room) = (Session::new(export(false), true, 300).unwrap(), Room::default());
+    let (mut session, mut room) =
+        (Session::new(export(false), Purpose::Writing, 300).unwrap(), Room::default());
     for tag in 0..400 {
         room.memory.insert(tag, vec![5; 32]);
         let command = if tag % 2 == 0 { Command::Write } else { Command::Read };
