@@ -1,7 +1,8 @@
 #!/bin/bash
 # NBD servers against each other: vbdd nbd, qemu-nbd, qemu-storage-daemon. Same machine, same client (fio's nbd engine), same
 # images, same run; in every round each server has its turn. Prints a line for every point:
-#   POINT | IOPS (median) | against the best peer of each round (least-most) | CPU us a request | against the best peer | peers
+#   POINT | IOPS | against the strongest peer | CPU, us a request | against the strongest peer | peers
+# Ratios are of neighbours in the same round, median (least-most); the strongest peer is the one against which the median is worst.
 #   nbd.sh VBDD DIRECTORY ROUNDS SECONDS [POINTS]
 # CPU is user and system time of the server's process with all its threads, from /proc.
 set -euo pipefail
@@ -29,7 +30,7 @@ qcow2-write-128k|qcow2|full|none|$NONE|--rw=write --bs=128k --iodepth=8
 vhd-read-32|vpc|full|none|$NONE|--rw=randread --bs=4k --iodepth=32
 vhd-write-32|vpc|full|none|$NONE|--rw=randwrite --bs=4k --iodepth=32
 vhd-alloc-32|vpc|new|none|$NONE|--rw=randwrite --bs=4k --iodepth=32
-chain-30|qcow2|chain|none|self:full|--rw=randread --bs=4k --iodepth=32"
+chain-30|qcow2|chain|none|self:full|--rw=randread --bs=4k --iodepth=32 --runtime=10"
 POINTS=${5:-$(cut -d'|' -f1 <<<"$ALL" | xargs)}
 WORK=$(mktemp -d)
 SERVER=
@@ -121,20 +122,25 @@ for point in $POINTS; do
   for ((round = 0; round < ROUNDS; round++)); do
     # shellcheck disable=SC2086
     read -r iops cpu < <(one vbdd "$format" "$image" "$cache" $arguments)
-    best_iops=0 best_cpu=1e9
+    echo "$iops $cpu" >>"$WORK/rounds"
     for peer in $peers; do
       # shellcheck disable=SC2086
       read -r peer_iops peer_cpu < <(one "$peer" "$format" "$image" "$cache" $arguments)
-      echo "$peer $peer_iops $peer_cpu" >>"$WORK/peers"
-      best_iops=$(awk -v a="$best_iops" -v b="$peer_iops" 'BEGIN { print (a > b ? a : b) }')
-      best_cpu=$(awk -v a="$best_cpu" -v b="$peer_cpu" 'BEGIN { print (a < b ? a : b) }')
+      echo "$peer $peer_iops $peer_cpu $iops $cpu" >>"$WORK/peers"
     done
-    echo "$iops $cpu $best_iops $best_cpu" | awk '{ print $1, $2, $1 / $3, $2 / $4 }' >>"$WORK/rounds"
   done
-  told=$(for peer in $peers; do
-    grep "^$peer " "$WORK/peers" | awk -v p="$peer" '{ i += $2; c += $3 } END { printf "%s %d %.1f us  ", p, i / NR, c / NR }'
-  done)
+  : >"$WORK/told"
+  : >"$WORK/iops"
+  : >"$WORK/cpu"
+  for peer in $peers; do
+    grep "^$peer " "$WORK/peers" >"$WORK/peer"
+    awk '$2 > 0 { print $4 / $2 }' "$WORK/peer" | summary %.2f >>"$WORK/iops"
+    awk '$3 > 0 { print $5 / $3 }' "$WORK/peer" | summary %.2f >>"$WORK/cpu"
+    echo "$peer $(awk '{ print $2 }' "$WORK/peer" | summary %.0f) $(awk '{ print $3 }' "$WORK/peer" | summary %.1f) us" >>"$WORK/told"
+    echo >>"$WORK/iops"
+    echo >>"$WORK/cpu"
+  done
   printf '%s | %s | %s | %s | %s | %s\n' "$name" "$(awk '{ print $1 }' "$WORK/rounds" | summary %.0f)" \
-    "$(awk '{ print $3 }' "$WORK/rounds" | summary %.2f)" "$(awk '{ print $2 }' "$WORK/rounds" | summary %.1f)" \
-    "$(awk '{ print $4 }' "$WORK/rounds" | summary %.2f)" "$told"
+    "$(grep . "$WORK/iops" | sort -g | head -1)" "$(awk '{ print $2 }' "$WORK/rounds" | summary %.1f)" \
+    "$(grep . "$WORK/cpu" | sort -g | tail -1)" "$(paste -sd, "$WORK/told")"
 done

@@ -161,6 +161,11 @@ impl Pages {
         self.keeper = Some(keeper);
     }
 
+    /// Tells nobody of changed pages any more. Before the first change.
+    pub fn forget_keeper(&mut self) {
+        self.keeper = None;
+    }
+
     fn touch(&mut self, at: u32) {
         if self.keeper.is_none() {
             return;

@@ -86,6 +86,8 @@ impl Process {
         let opened = open_image(&mut storage, &mut reactor, &mut signals, options)?;
         let layers = storage.layers(opened.file);
         let mut pump = Pump::new(NoGuests, storage, Box::new(NoJournals));
+        // Clients see that this process dies, and know what they have flushed.
+        pump.keep_nothing();
         let sectors = opened.size_bytes / formats::SECTOR_BYTES;
         let device = opened.identity.device();
         let plan = DiskPlan { device, ..DiskPlan::new(opened.file, sectors, options.read_only) };

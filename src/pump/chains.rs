@@ -170,6 +170,12 @@ fn error_of(failure: Failure) -> StorageError {
 }
 
 impl<H: Hypervisor, S: Storage> Pump<H, S> {
+    /// Changed metadata are not kept for a successor from now on: those who use the disks have flushed what must outlive this
+    /// process. Before the first disk is added, and after the cache's size is set.
+    pub fn keep_nothing(&mut self) {
+        self.chains.pages.forget_keeper();
+    }
+
     /// Bounds the memory for cached metadata of all disks, in bytes. Before the first disk is added.
     pub fn set_metadata_cache(&mut self, bytes_max: usize) {
         self.chains.set_cache(bytes_max);
