@@ -58,8 +58,8 @@ impl World {
         near
     }
 
-    fn turn(&mut self, answers: usize) {
-        round(&mut self.server, &mut self.disks, &mut self.reactor, self.now, answers);
+    fn turn(&mut self, answers: usize) -> bool {
+        round(&mut self.server, &mut self.disks, &mut self.reactor, self.now, answers)
     }
 
     fn later(&mut self, time: Duration) {
@@ -142,7 +142,13 @@ fn who_does_not_take_replies_is_cut_off_and_others_are_served_meanwhile() {
     for client in &mut deaf {
         (0..20).for_each(|cookie| ask(client, command::READ, cookie, 0, 1 << 20));
     }
-    (0..200).for_each(|_| world.turn(5));
+    for _ in 0..200 {
+        world.turn(5);
+    }
+    assert!(!world.turn(0), "who waits, waits at rest");
+    let mut ready = Vec::new();
+    world.reactor.wait(Some(Duration::ZERO), &mut ready);
+    assert!(ready.is_empty(), "{ready:?}");
     let mut honest = world.ready();
     let length = NBD_CLIENT_BYTES as u32 / 2;
     for cookie in 0..4 {
@@ -176,9 +182,13 @@ fn a_client_has_so_many_requests_in_flight_and_no_more() {
     let mut client = world.ready();
     let flush = Request { flags: 0, command: command::FLUSH, cookie: 1, offset_bytes: 0, length_bytes: 0 };
     client.write_all(&flush.to_bytes().repeat(1000)).unwrap();
-    (0..20).for_each(|_| world.turn(0));
+    for _ in 0..20 {
+        world.turn(0);
+    }
     assert_eq!((world.disks.asked.len(), world.server.in_flight()), (NBD_REQUESTS_MAX, NBD_REQUESTS_MAX));
-    (0..400).for_each(|_| world.turn(10));
+    for _ in 0..400 {
+        world.turn(10);
+    }
     assert_eq!(client.read(&mut vec![0; 20_000]).unwrap(), 1000 * 16);
 }
 

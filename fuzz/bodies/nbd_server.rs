@@ -82,8 +82,14 @@ pub fn export(read_only: bool) -> Export {
     Export { name, description, disk: DiskId(3), sectors: SECTORS, read_only, preferred_bytes: 4096 }
 }
 
-/// One round of the server's loop.
-pub fn round(server: &mut Server, disks: &mut Memory, reactor: &mut Reactor, now: Duration, answers: usize) {
+/// One round of the server's loop. True when the next is to follow at once.
+pub fn round(
+    server: &mut Server,
+    disks: &mut Memory,
+    reactor: &mut Reactor,
+    now: Duration,
+    answers: usize,
+) -> bool {
     let mut ready = Vec::new();
     reactor.wait(Some(Duration::ZERO), &mut ready);
     ready.into_iter().for_each(|ready| server.ready(ready));
@@ -91,7 +97,7 @@ pub fn round(server: &mut Server, disks: &mut Memory, reactor: &mut Reactor, now
     for which in 0..answers {
         disks.answer(which * 7 + answers, server);
     }
-    server.send(disks, now, reactor);
+    server.send(disks, now, reactor)
 }
 
 /// Plays one input: the first byte says how the handshake goes; then pieces, each with a byte that says what it is and how the

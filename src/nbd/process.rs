@@ -65,7 +65,7 @@ pub fn run(options: &NbdOptions) -> Result<(), Error> {
 }
 
 impl Process {
-    fn open(options: &NbdOptions, signals: Signals) -> Result<Process, Error> {
+    fn open(options: &NbdOptions, mut signals: Signals) -> Result<Process, Error> {
         let roots =
             if options.roots.is_empty() { own_roots(&options.image.path) } else { options.roots.clone() };
         let mut storage = LinuxStorage::new(&StorageOptions {
@@ -82,7 +82,8 @@ impl Process {
             // SAFETY: the storage keeps its descriptors open for life, and lives as long as the reactor.
             reactor.add(unsafe { BorrowedFd::borrow_raw(fd) }, STORAGE, false)?;
         }
-        let opened = open_image(&mut storage, &mut reactor, options)?;
+        reactor.add(signals.fd(), SIGNALS, false)?;
+        let opened = open_image(&mut storage, &mut reactor, &mut signals, options)?;
         let layers = storage.layers(opened.file);
         let mut pump = Pump::new(NoGuests, storage, Box::new(NoJournals));
         let sectors = opened.size_bytes / formats::SECTOR_BYTES;
@@ -92,7 +93,6 @@ impl Process {
             Some(layers) => pump.add_chain(&plan, layers),
             None => pump.add_disk(&plan),
         };
-        reactor.add(signals.fd(), SIGNALS, false)?;
         let trim_timer = TrimTimer::new()?;
         reactor.add(trim_timer.as_fd(), TRIM, false)?;
         let mut server = Server::new(SERVER);
@@ -244,6 +244,7 @@ fn own_roots(path: &str) -> Vec<PathBuf> {
 fn open_image(
     storage: &mut LinuxStorage,
     reactor: &mut Reactor,
+    signals: &mut Signals,
     options: &NbdOptions,
 ) -> Result<Opened, Error> {
     let access = if options.read_only { Access::ReadOnly } else { Access::ReadWrite };
@@ -256,6 +257,9 @@ fn open_image(
         reactor.wait(None, &mut ready);
         ready.clear();
         storage.ready();
+        if signals.take() == Some(Signal::Stop) {
+            return Err(Error::new("stopped before the image was open", ""));
+        }
     };
     let opened = result.map_err(|error| Error::new(error.to_string(), ""))?;
     let path = &options.image.path;

@@ -85,8 +85,6 @@ pub struct Server {
     arrivals: bool,
     /// When it listens again, after it could not take a client.
     listens_at: Option<Duration>,
-    /// A client waits, and what it waits for may be there.
-    progress: bool,
     now: Duration,
 }
 
@@ -106,7 +104,6 @@ impl Server {
             first_to_go_on: 0,
             arrivals: false,
             listens_at: None,
-            progress: false,
             now: Duration::ZERO,
         }
     }
@@ -200,7 +197,7 @@ impl Server {
         self.now = now;
         self.accept(disks, reactor);
         self.end_the_late(disks, reactor);
-        self.progress = false;
+        self.budget.take_progress();
         let mut gone = std::mem::take(&mut self.gone);
         gone.drain(..).for_each(|id| self.close(id.into(), disks, reactor));
         self.gone = gone;
@@ -233,7 +230,6 @@ impl Server {
         let Some(slot) = self.clients.get_mut(usize::from(id)) else { return };
         let Some(client) = slot else { return };
         client.answered(place, result, &mut Cx { disks, budget, client: id, now });
-        self.progress = true;
         if client.is_gone() {
             *slot = None;
         } else if client.has_output() {
@@ -247,10 +243,9 @@ impl Server {
         let mut touched = std::mem::take(&mut self.touched);
         for id in touched.drain(..) {
             self.step(id.into(), disks, reactor, |client, _, cx| client.send(cx));
-            self.progress = true;
         }
         self.touched = touched;
-        self.progress && self.clients.iter().flatten().any(|client| client.waits)
+        self.budget.take_progress() && self.clients.iter().flatten().any(|client| client.waits)
     }
 
     /// When [`Server::turn`] wants to be called though nothing happens.
@@ -314,7 +309,6 @@ impl Server {
             log::debug!("nbd: client {at} is gone");
         }
         client.let_go(&mut Cx { disks, budget: &mut self.budget, client: id, now: self.now });
-        self.progress = true;
         if client.is_gone() {
             *slot = None;
         }

@@ -9,6 +9,8 @@ pub(super) struct Budget {
     held_bytes: u64,
     /// Of it, what is more than their own shares.
     shared_bytes: u64,
+    /// Something that a client may wait for is there: memory, a place, room for a reply.
+    progress: bool,
 }
 
 /// What a client that holds so much has of what all share.
@@ -29,6 +31,16 @@ impl Budget {
         self.held_bytes += pages(span);
         self.shared_bytes = shared;
         Some(span)
+    }
+
+    /// Something that a client may wait for is there.
+    pub(super) fn progress(&mut self) {
+        self.progress = true;
+    }
+
+    /// Whether there was such a thing since this was asked.
+    pub(super) fn take_progress(&mut self) -> bool {
+        std::mem::take(&mut self.progress)
     }
 
     /// Takes memory back of a client that held so much with it.

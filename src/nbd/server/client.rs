@@ -204,6 +204,7 @@ impl Client {
                 SendFlags::NOSIGNAL,
             ) {
                 Ok(bytes) => {
+                    cx.budget.progress();
                     let session = &mut self.phase;
                     let moved = self.output.sent(bytes, |place| {
                         if let Phase::Session(session) = session {

@@ -398,6 +398,7 @@ impl Session {
         let slot = self.table.get_mut(usize::from(place));
         let Some(active) = slot.and_then(Option::take) else { return };
         self.free.push(place);
+        cx.budget.progress();
         if !is_empty(active.span) {
             cx.budget.give_back(self.held_bytes, active.span, cx.disks.buffers());
             self.held_bytes -= super::budget::pages(active.span);
