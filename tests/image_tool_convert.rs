@@ -260,3 +260,18 @@ fn a_bench_reads_and_writes() {
         );
     }
 }
+
+#[test]
+fn a_raw_image_keeps_its_last_bytes_whatever_its_length() {
+    let dir = Scratch::new("ragged");
+    let bytes: Vec<u8> = (0..70_001_u32).map(|n| (n % 251) as u8 + 1).collect();
+    std::fs::write(dir.path("a.raw"), &bytes).unwrap();
+    let mut wanted = bytes;
+    wanted.resize(70_144, 0);
+    for (format, qemu) in [("raw", "raw"), ("qcow2", "qcow2"), ("vhd", "vpc")] {
+        dir.image(&format!("convert raw:a.raw {format}:target"));
+        same_or_longer(&dir.by_qemu(qemu, "target"), &wanted, format);
+        assert_eq!(dir.run(&format!("vbdd image compare raw:a.raw {format}:target")).code, 0);
+    }
+    assert_eq!(field(&dir.image("info --json raw:a.raw"), "virtual-size"), Some("70144"));
+}

@@ -50,3 +50,26 @@ test_template() {
     gracefully $name xvdb
   done
 }
+
+# A chain of three VHDs behind the ring, then behind an NBD server whose client the backend is, then turned into a raw image.
+test_vhd_chain() {
+  local leaf=$IMAGES/leaf.vhd socket=/run/nbd/leaf
+  only_vbdd
+  have_guest g1
+  on "$DOMAIN" "cd $IMAGES && vbdd image snapshot vhd:chain.vhd middle.vhd && vbdd image snapshot vhd:middle.vhd leaf.vhd" || fail "making the chain"
+  disk g1 xvdb w vhd:$leaf
+  on g1 "mount -t ext4 /dev/xvdb /mnt && vbdd-guest pattern 6 9000000 >/mnt/ring && cd /mnt && md5sum -c known.md5 && cd / && umount /mnt" || fail "through the ring"
+  gracefully g1 xvdb
+  on "$DOMAIN" "vbdd image check vhd:$leaf" || fail "the leaf is damaged"
+  on "$DOMAIN" "mkdir -p /run/nbd; vbdd nbd vhd:$leaf --socket $socket >/run/nbd.log 2>&1 & echo \$! >/run/nbd.pid"
+  wait_for on "$DOMAIN" "test -S $socket" || fail "the NBD server: $(on "$DOMAIN" "cat /run/nbd.log")"
+  disk g1 xvdb w "raw:nbd+unix:///?socket=$socket"
+  on g1 "mount -t ext4 /dev/xvdb /mnt && vbdd-guest pattern 6 9000000 | cmp - /mnt/ring && vbdd-guest pattern 7 5000000 >/mnt/nbd && cd /mnt && md5sum -c known.md5 && cd / && umount /mnt" || fail "through NBD"
+  quiet g1
+  gracefully g1 xvdb
+  on "$DOMAIN" "kill \$(cat /run/nbd.pid); vbdd image info --json vhd:$leaf" || fail "info"
+  wait_for on "$DOMAIN" "vbdd image check vhd:$leaf" || fail "the leaf is damaged after NBD"
+  on "$DOMAIN" "vbdd image convert -O raw vhd:$leaf $IMAGES/t-out && vbdd image compare vhd:$leaf raw:$IMAGES/t-out && mkdir -p /tmp/out && mount -t ext4 -o ro,noload,loop $IMAGES/t-out /tmp/out" ||
+    fail "turning the chain into a raw image"
+  on "$DOMAIN" "vbdd-guest pattern 6 9000000 | cmp - /tmp/out/ring && vbdd-guest pattern 7 5000000 | cmp - /tmp/out/nbd && cd /tmp/out && md5sum -c known.md5 && cd / && umount /tmp/out" || fail "the raw image holds something else"
+}

@@ -151,12 +151,7 @@ fn make_file(image: &Image, plan: &Plan, below: Option<&Below>) -> Result<u64, F
     let (target, mut file) = Target::begin(&image.path)?;
     let made = plan.make(image, &mut file)?;
     if below.is_some_and(|below| !below.unseen) {
-        // Whether it can be opened with all below it is seen before it gets its name.
-        let made = Image { format: image.format, path: target.temporary().to_string_lossy().into_owned() };
-        Chain::open(&made, Shell { lock: Lock::None }, true).map_err(|failed| {
-            let what = failed.error.what.replace(&made.path, &image.path);
-            Failed { error: Error { what, ..failed.error }, ..failed }
-        })?;
+        target.opens(image)?;
     }
     target.finish(&file.file())?;
     Ok(made)

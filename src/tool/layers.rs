@@ -7,7 +7,7 @@ use formats::qcow2::snapshots;
 use formats::qcow2::{Compression, Header};
 use formats::vhd::map::Blocks;
 use formats::vhd::{Headers, Kind, read_headers};
-use formats::{Extent, Place, Run, SECTOR_BYTES, Unsupported};
+use formats::{Extent, Medium, Place, Run, SECTOR_BYTES, Unsupported};
 
 use super::Failed;
 use super::file::{ImageFile, Shell};
@@ -187,7 +187,11 @@ impl Chain {
     /// # Errors
     /// What is wrong with one of them.
     pub(super) fn of(links: Vec<Link<ImageFile>>) -> Result<Chain, Failed> {
-        let layers = links.into_iter().map(Layer::new).collect::<Result<Vec<_>, _>>()?;
+        let mut layers = links.into_iter().map(Layer::new).collect::<Result<Vec<_>, _>>()?;
+        // A disk that is copied does not lose the part of a sector at its end, as a disk that is served does.
+        if let Some(Layer { facts: Facts::Raw, link, sectors, .. }) = layers.first_mut() {
+            *sectors = link.medium.length_bytes().div_ceil(SECTOR_BYTES);
+        }
         let sectors = layers.first().map_or(0, |leaf| leaf.sectors);
         Ok(Chain { layers, sectors, deep: false })
     }

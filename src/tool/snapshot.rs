@@ -12,7 +12,7 @@ use super::words::{self, Options, Words};
 use super::{Command, Failed, info, trouble};
 use crate::cli::print;
 use crate::error::Error;
-use crate::params::{Format, Image};
+use crate::params::Format;
 
 pub(super) const COMMAND: Command = Command {
     name: "snapshot",
@@ -134,8 +134,7 @@ fn external(words: &Words) -> Result<u8, Failed> {
     let plan = Plan::new(format, &settings, size, Some(&below))?;
     let (target, mut file) = Target::begin(&child.path)?;
     plan.make(&child, &mut file)?;
-    let made = Image { format, path: target.temporary().to_string_lossy().into_owned() };
-    Chain::open(&made, Shell { lock: Lock::None }, true)?;
+    target.opens(&child)?;
     target.finish(&file.file())?;
     if words.has("json") {
         let object = Object::new().text("filename", &child.path).text("format", format.name());

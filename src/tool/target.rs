@@ -9,8 +9,10 @@ use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 
 use super::Failed;
-use super::file::ImageFile;
+use super::file::{ImageFile, Lock, Shell};
+use super::layers::Chain;
 use crate::error::Error;
+use crate::params::Image;
 use crate::signals::{Signal, Signals};
 
 /// What a signal removes before it ends the process.
@@ -75,6 +77,18 @@ impl Target {
     #[must_use]
     pub(super) fn temporary(&self) -> &Path {
         &self.temporary
+    }
+
+    /// Sees, before it gets its name, that the image can be opened with all below it.
+    ///
+    /// # Errors
+    /// Why not.
+    pub(super) fn opens(&self, image: &Image) -> Result<(), Failed> {
+        let made = Image { format: image.format, path: self.temporary.to_string_lossy().into_owned() };
+        Chain::open(&made, Shell { lock: Lock::None }, true).map(drop).map_err(|failed| {
+            let what = failed.error.what.replace(&made.path, &image.path);
+            Failed { error: Error { what, ..failed.error }, ..failed }
+        })
     }
 
     /// Makes it durable, and gives it its name.

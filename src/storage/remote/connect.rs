@@ -1,7 +1,7 @@
 //! Which servers may be asked, and how they are reached. Everything here may block, and runs on threads.
 
 use std::io::{Error, ErrorKind, Read, Write};
-use std::net::{SocketAddr, ToSocketAddrs};
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -74,10 +74,9 @@ impl Servers {
                 "the server {host}:{port} is none of those given with --allow-nbd; add --allow-nbd {host}:{port}"
             ));
         }
-        let found =
-            (host, port).to_socket_addrs().map_err(|error| format!("{host} is not found: {error}"))?;
-        let mut last = format!("{host} has no address");
-        for to in found {
+        let found = addresses(host, &std::fs::read_to_string("/etc/hosts").unwrap_or_default());
+        let mut last = format!("{host} is no IP address and not in /etc/hosts, and no name server is asked");
+        for to in found.into_iter().map(|address| SocketAddr::new(address, port)) {
             match to_address(&to, by) {
                 Ok(stream) => return Ok(stream),
                 Err(errno) => last = not_connected(errno, &to.to_string()),
@@ -85,6 +84,22 @@ impl Servers {
         }
         Err(last)
     }
+}
+
+/// The addresses of a host, by what it says itself or by the text of `/etc/hosts`.
+///
+/// The C library's resolver is not used: it loads other libraries at run time, which a static program in a small image has
+/// not, and a disk that needs a name server to open waits for one more machine.
+fn addresses(host: &str, hosts: &str) -> Vec<IpAddr> {
+    if let Ok(address) = host.trim_matches(['[', ']']).parse() {
+        return vec![address];
+    }
+    let of_line = |line: &str| {
+        let mut words = line.split('#').next()?.split_whitespace();
+        let address = words.next()?.parse().ok()?;
+        words.any(|name| name.eq_ignore_ascii_case(host)).then_some(address)
+    };
+    hosts.lines().filter_map(of_line).collect()
 }
 
 fn not_connected(errno: Errno, to: &str) -> String {
@@ -198,5 +213,24 @@ impl Write for Stream {
 
     fn flush(&mut self) -> Result<(), Error> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hosts_are_found_by_address_or_in_the_table_and_nowhere_else() {
+        let table = "127.0.0.1 localhost\n::1 localhost ip6-loopback # localhost2\n\n#10.0.0.9 old\n10.0.0.3\tstore Store2\n";
+        let found =
+            |host: &str| -> Vec<String> { addresses(host, table).iter().map(ToString::to_string).collect() };
+        assert_eq!(found("localhost"), ["127.0.0.1", "::1"]);
+        assert_eq!(found("STORE2"), ["10.0.0.3"]);
+        assert_eq!(found("10.0.0.7"), ["10.0.0.7"]);
+        assert_eq!(found("[fe80::1]"), ["fe80::1"]);
+        for unknown in ["old", "localhost2", "", "10.0.0.256"] {
+            assert!(found(unknown).is_empty(), "{unknown}");
+        }
     }
 }
