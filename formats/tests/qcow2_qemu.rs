@@ -7,10 +7,11 @@ mod support;
 use std::collections::HashMap;
 
 use formats::qcow2::{Options, Qcow2};
-use formats::{Disk, Extent, Format, Limits, Medium, Op, Pages, Raw};
+use formats::{Disk, Format, Limits, Medium, Pages, Raw};
 use support::driver::Driver;
 use support::file::{FileMedium, Scratch, has_qemu, run, tool};
 use support::rng::{Rng, seeds};
+use support::shadow::{Habits, read_all, same, shadow_run};
 
 /// A chain of files, leaf first: `raw` by their name, else QCOW2.
 fn open(dir: &Scratch, names: &[&str], writable: bool) -> Driver<FileMedium> {
@@ -35,29 +36,7 @@ fn open(dir: &Scratch, names: &[&str], writable: bool) -> Driver<FileMedium> {
     Driver::new(disk, Pages::of_pages(64), media, 1)
 }
 
-fn read_all(driver: &mut Driver<FileMedium>, bytes: usize) -> Vec<u8> {
-    let mut out = Vec::new();
-    let step = 4096;
-    let sectors = driver.disk.geometry().sectors;
-    assert_eq!(sectors as usize, bytes / 512);
-    for sector in (0..sectors).step_by(step) {
-        let extent = Extent { sector, sectors: (sectors - sector).min(step as u64) };
-        let (result, memory) = driver.run(Op::Read, extent, vec![0x77; (extent.sectors * 512) as usize]);
-        result.unwrap();
-        out.extend(memory);
-    }
-    out
-}
-
-fn same(ours: &[u8], theirs: &[u8], what: &str) {
-    if let Some(sector) = (0..ours.len() / 512).find(|n| ours[n * 512..][..512] != theirs[n * 512..][..512]) {
-        panic!(
-            "{what}: sector {sector} differs: {:x?} {:x?}",
-            &ours[sector * 512..][..8],
-            &theirs[sector * 512..][..8]
-        );
-    }
-}
+const HABITS: Habits = Habits { unit: 1, most: 200, far: 200 };
 
 /// Fills an image by qemu-io with random writes, zeroes and discards.
 fn fill(dir: &Scratch, name: &str, size: u64, rng: &mut Rng, compressed: bool) {
@@ -83,44 +62,6 @@ fn fill(dir: &Scratch, name: &str, size: u64, rng: &mut Rng, compressed: bool) {
     }
 }
 
-/// Random requests, alone, beside a shadow.
-fn shadow_run(driver: &mut Driver<FileMedium>, shadow: &mut [u8], rng: &mut Rng, count: u64) {
-    let sectors = (shadow.len() / 512) as u64;
-    for number in 0..count {
-        let sector = rng.below(sectors);
-        let extent = Extent { sector, sectors: (1 + rng.below(200)).min(sectors - sector) };
-        let range = (sector * 512) as usize..(extent.end() * 512) as usize;
-        match rng.below(8) {
-            0..4 => {
-                let data: Vec<u8> =
-                    (0..extent.sectors * 512).map(|n| (n / 512 + number * 7 + 1) as u8 | 1).collect();
-                shadow[range].copy_from_slice(&data);
-                driver.run(Op::Write, extent, data).0.unwrap();
-            }
-            4 => {
-                driver.run(Op::WriteZeroes, extent, Vec::new()).0.unwrap();
-                shadow[range].fill(0);
-            }
-            5 => {
-                driver.run(Op::Discard, extent, Vec::new()).0.unwrap();
-                // A discard zeroes, or leaves be.
-                let (result, memory) = driver.run(Op::Read, extent, vec![7; range.len()]);
-                result.unwrap();
-                for (old, new) in shadow[range].chunks_mut(512).zip(memory.chunks(512)) {
-                    assert!(new == old || new.iter().all(|byte| *byte == 0), "discard shows something else");
-                    old.copy_from_slice(new);
-                }
-            }
-            6 => driver.run(Op::Flush, extent, Vec::new()).0.unwrap(),
-            _ => {
-                let (result, memory) = driver.run(Op::Read, extent, vec![7; range.len()]);
-                result.unwrap();
-                same(&memory, &shadow[range], "read");
-            }
-        }
-    }
-}
-
 /// Reads a leaf through qemu and through us; writes it through us; asks qemu again.
 fn round(dir: &Scratch, names: &[&str], what: &str, rng: &mut Rng) -> u64 {
     let leaf = names[0];
@@ -129,9 +70,9 @@ fn round(dir: &Scratch, names: &[&str], what: &str, rng: &mut Rng) -> u64 {
     let length = shadow.len() / 512 * 512;
     shadow.truncate(length);
     let mut driver = open(dir, names, true);
-    same(&read_all(&mut driver, length), &shadow, what);
-    shadow_run(&mut driver, &mut shadow, rng, 60);
-    same(&read_all(&mut driver, length), &shadow, what);
+    same(&read_all(&mut driver), &shadow, what);
+    shadow_run(&mut driver, &mut shadow, rng, 60, HABITS);
+    same(&read_all(&mut driver), &shadow, what);
     driver.close().unwrap();
     drop(driver);
     let (code, text) = tool(dir, "qemu-img", &["check", "-f", "qcow2", leaf]);
@@ -148,7 +89,7 @@ fn round(dir: &Scratch, names: &[&str], what: &str, rng: &mut Rng) -> u64 {
     );
     run(dir, "qemu-img", &["convert", "-O", "raw", leaf, "again.raw"]);
     let again = std::fs::read(dir.path("again.raw")).unwrap();
-    same(&read_all(&mut open(dir, names, false), length), &again, what);
+    same(&read_all(&mut open(dir, names, false)), &again, what);
     60
 }
 

@@ -192,8 +192,10 @@ pub struct User {
     out: Vec<Work>,
     last: HashMap<u64, (Result<(), Failure>, Vec<u8>)>,
     tokens: u64,
-    /// Whether the image said of itself that it is sound: then what was written must be read.
+    /// Whether the image said of itself that it is sound: then what was written must be read. In others data may lie over the very
+    /// tables that name them.
     pub trusted: bool,
+    changed: bool,
     known: BTreeMap<u64, u8>,
     /// Pieces of work until one fails.
     pub fail_after: u32,
@@ -216,6 +218,7 @@ impl User {
             last: HashMap::new(),
             tokens: 0,
             trusted: false,
+            changed: false,
             known: BTreeMap::new(),
             fail_after: u32::MAX,
             stopped: false,
@@ -233,6 +236,7 @@ impl User {
             }
         }
         if !matches!(op, Op::Read | Op::Flush) {
+            self.changed = true;
             (extent.sector..extent.end()).for_each(|sector| {
                 self.known.remove(&sector);
             });
@@ -409,7 +413,10 @@ impl User {
         }
         self.settle();
         self.fail_after = u32::MAX;
-        let _ = self.run(Op::Flush, Extent { sector: 0, sectors: 1 });
+        // The first may be what lets space be given back, and that may be where a contradiction shows.
+        for _ in 0..2 {
+            let _ = self.run(Op::Flush, Extent { sector: 0, sectors: 1 });
+        }
         self.stopped = self.disk.corruption().is_some();
         if self.stopped {
             let (result, _) = self.run(Op::Write, Extent { sector: 0, sectors: 1 });
@@ -417,7 +424,8 @@ impl User {
         }
         for sector in (0..sectors).step_by((sectors as usize / 24).max(1)) {
             let extent = Extent { sector, sectors: spread.min(64).min(sectors - sector) };
-            assert_eq!(self.run(Op::Read, extent), self.run(Op::Read, extent), "two reads of sector {sector}");
+            let alike = self.run(Op::Read, extent) == self.run(Op::Read, extent);
+            assert!(alike || self.changed && !self.trusted, "two reads of sector {sector} find different things");
         }
         self.disk.close(&mut self.pages);
         self.settle();

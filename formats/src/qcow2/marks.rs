@@ -239,7 +239,7 @@ fn change_header(bytes: &mut [u8], mark: Mark) -> Result<(), Failure> {
 }
 
 /// Sets `in_use` on every bitmap of a directory.
-fn mark_bitmaps(directory: &mut [u8], bitmaps: Bitmaps) -> Result<(), Failure> {
+pub(super) fn mark_bitmaps(directory: &mut [u8], bitmaps: Bitmaps) -> Result<(), Failure> {
     let entries = bitmap_entries(directory, bitmaps.count, bitmaps.directory_offset)?;
     for (at, _) in entries {
         let flags = be32(directory, at + 12) | 1;
