@@ -141,7 +141,7 @@ fn chains_of_qemu_are_read_and_written() {
     if !has_qemu() {
         return;
     }
-    let mut combinations = 0;
+    let (mut combinations, mut operations) = (0, 0);
     for cluster in ["512", "4k", "64k", "2M"] {
         for (compat, extended) in [("0.10", "off"), ("1.1", "off"), ("1.1", "on")] {
             if extended == "on" && (cluster == "512" || cluster == "4k") {
@@ -223,13 +223,100 @@ fn chains_of_qemu_are_read_and_written() {
                     } else {
                         &["leaf.qcow2", name]
                     };
-                    round(&dir, names, &what, &mut rng);
+                    operations += round(&dir, names, &what, &mut rng);
                     combinations += 1;
                 }
             }
         }
     }
-    println!("{combinations} chains");
+    println!("{combinations} chains, {operations} operations");
+}
+
+/// Creates an image by qemu-img, over a parent if there is one.
+fn made(dir: &Scratch, name: &str, options: &str, parent: Option<(&str, &str)>, size: u64) {
+    let size = size.to_string();
+    let mut arguments = vec!["create", "-q", "-f", "qcow2", "-o", options];
+    if let Some((parent, format)) = parent {
+        arguments.extend(["-b", parent, "-F", format]);
+    }
+    arguments.extend([name, &size]);
+    run(dir, "qemu-img", &arguments);
+}
+
+/// What is left of the options: every cluster size, the widths of refcounts that the matrix leaves out, refcounts written late.
+#[test]
+fn every_cluster_size_of_qemu_is_read_and_written() {
+    if !has_qemu() {
+        return;
+    }
+    let (mut combinations, mut operations) = (0, 0);
+    for bits in 9..=21 {
+        for (refcount, lazy) in [(4, "off"), (16, "on"), (32, "on")] {
+            for kind in ["zlib", "zstd"] {
+                let mut rng = Rng::new(3000 + combinations);
+                let size = (2 << 20) + rng.below(2000) * 512;
+                let options = format!(
+                    "cluster_size={},compat=1.1,refcount_bits={refcount},lazy_refcounts={lazy},compression_type={kind}",
+                    1 << bits
+                );
+                let dir = Scratch::new("clusters");
+                made(&dir, "leaf.qcow2", &options, None, size);
+                fill(&dir, "leaf.qcow2", size, &mut rng, false);
+                operations += round(&dir, &["leaf.qcow2"], &options, &mut rng);
+                combinations += 1;
+            }
+        }
+    }
+    println!("{combinations} combinations, {operations} operations");
+}
+
+/// Images as distributions made and make them, each with a guest's overlay of one kind or another.
+#[test]
+fn images_of_distributions_are_read_below_overlays() {
+    if !has_qemu() {
+        return;
+    }
+    let templates = [
+        ("before qemu 1.7", "compat=0.10", true),
+        ("before qemu 1.7, not packed", "compat=0.10", false),
+        ("since qemu 1.7", "compat=1.1,lazy_refcounts=off", true),
+        ("for old readers", "compat=0.10,cluster_size=64k", true),
+        ("with refcounts written late", "compat=1.1,lazy_refcounts=on", false),
+        ("packed by zstd", "compat=1.1,compression_type=zstd", true),
+        ("in large clusters", "compat=1.1,cluster_size=2M", true),
+    ];
+    let overlays = [
+        ("plain", "compat=1.1"),
+        ("old", "compat=0.10"),
+        ("small clusters", "compat=1.1,cluster_size=4k"),
+        ("large clusters", "compat=1.1,cluster_size=1M"),
+        ("subclusters", "compat=1.1,extended_l2=on,cluster_size=128k"),
+        ("tables made ahead", "compat=1.1,extended_l2=on,preallocation=metadata"),
+        ("space made ahead", "compat=1.1,extended_l2=on,preallocation=falloc"),
+    ];
+    let (mut combinations, mut operations) = (0, 0);
+    for (template, options, packed) in templates {
+        for (overlay, further) in overlays {
+            let mut rng = Rng::new(5000 + combinations);
+            let below = (3 << 20) + rng.below(3000) * 512;
+            // As long, longer, or shorter than the template.
+            let size = [below, below * 2, below / 2 / 512 * 512][combinations as usize % 3];
+            let dir = Scratch::new("distributions");
+            made(&dir, "plain.qcow2", options, None, below);
+            fill(&dir, "plain.qcow2", below, &mut rng, false);
+            let mut base = "plain.qcow2";
+            if packed {
+                base = "base.qcow2";
+                run(&dir, "qemu-img", &["convert", "-c", "-O", "qcow2", "-o", options, "plain.qcow2", base]);
+            }
+            made(&dir, "leaf.qcow2", further, Some((base, "qcow2")), size);
+            fill(&dir, "leaf.qcow2", size, &mut rng, false);
+            let what = format!("{overlay} over {template}");
+            operations += round(&dir, &["leaf.qcow2", base], &what, &mut rng);
+            combinations += 1;
+        }
+    }
+    println!("{combinations} combinations, {operations} operations");
 }
 
 #[test]

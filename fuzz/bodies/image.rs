@@ -149,7 +149,8 @@ impl Input<'_> {
 
 /// A number that is at the edge of something.
 pub fn edge(input: &mut Input<'_>) -> u64 {
-    let base = input.pick(&[0, 1, 1 << 9, 1 << 16, 1 << 31, 1 << 32, 1 << 55, 1 << 56, 1 << 62, 1 << 63, u64::MAX]);
+    let base =
+        input.pick(&[0, 1, 1 << 9, 1 << 16, 1 << 31, 1 << 32, 1 << 55, 1 << 56, 1 << 62, 1 << 63, u64::MAX]);
     base.wrapping_add(u64::from(input.byte())).wrapping_sub(8)
 }
 
@@ -334,7 +335,9 @@ impl User {
         let memory = match work.payload {
             Payload::Guest { token, offset_bytes } => {
                 let memory = self.memory.get_mut(&token).expect("memory of nobody");
-                memory.get_mut(offset_bytes as usize..offset_bytes as usize + length).expect("beyond the memory")
+                memory
+                    .get_mut(offset_bytes as usize..offset_bytes as usize + length)
+                    .expect("beyond the memory")
             }
             _ => {
                 own = vec![0; length];
@@ -397,7 +400,16 @@ impl User {
         while !input.is_empty() && steps < 48 {
             steps += 1;
             let (what, place) = (input.byte(), input.byte());
-            let op = [Op::Write, Op::Read, Op::Write, Op::Discard, Op::WriteZeroes, Op::Flush, Op::Write, Op::Read];
+            let op = [
+                Op::Write,
+                Op::Read,
+                Op::Write,
+                Op::Discard,
+                Op::WriteZeroes,
+                Op::Flush,
+                Op::Write,
+                Op::Read,
+            ];
             let op = op[usize::from(what & 7)];
             let sector = (u64::from(place) * spread + u64::from(what >> 6)) % sectors;
             let most = [1, 8, 33, spread * 3][usize::from(what >> 3 & 3)];
@@ -425,7 +437,10 @@ impl User {
         for sector in (0..sectors).step_by((sectors as usize / 24).max(1)) {
             let extent = Extent { sector, sectors: spread.min(64).min(sectors - sector) };
             let alike = self.run(Op::Read, extent) == self.run(Op::Read, extent);
-            assert!(alike || self.changed && !self.trusted, "two reads of sector {sector} find different things");
+            assert!(
+                alike || self.changed && !self.trusted,
+                "two reads of sector {sector} find different things"
+            );
         }
         self.disk.close(&mut self.pages);
         self.settle();
