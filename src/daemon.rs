@@ -10,7 +10,7 @@ use crate::cli::serve::{PlaceOption, ServeOptions};
 use crate::clock::{Clock, TrimTimer};
 use crate::control;
 use crate::error::Error;
-use crate::hypervisor::LinuxHypervisor;
+use crate::hypervisor::{Host, LinuxHypervisor};
 use crate::journal::JournalDirectory;
 use crate::limits::{CONTROL_SESSIONS_MAX, DATA_MEMORY_BYTES, NBD_MEMORY_BYTES, STOP_PATIENCE};
 use crate::nbd::guests::Exporter;
@@ -38,7 +38,7 @@ struct Daemon {
     polls_writable: bool,
     signals: Signals,
     control: control::Server,
-    backend: Backend<LinuxHypervisor, LinuxStorage>,
+    backend: Backend<Host, LinuxStorage>,
     nbd: Option<Exporter>,
     stop_by: Option<Duration>,
     trim_timer: TrimTimer,
@@ -130,7 +130,8 @@ impl Daemon {
         let kinds = options.kinds.iter().filter_map(|name| Kind::from_name(name)).collect();
         let (assume_clean, cache_mib) = (options.assume_clean, options.metadata_cache_mib);
         let options = Options { kinds, vbd };
-        let mut backend = Backend::new(options, hypervisor, storage, Box::new(journals), clock.now());
+        let mut backend =
+            Backend::new(options, Host::Xen(hypervisor), storage, Box::new(journals), clock.now());
         backend.pump().set_metadata_cache((cache_mib as usize) << 20);
         if assume_clean {
             backend.pump().assume_clean();

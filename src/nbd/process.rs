@@ -13,7 +13,7 @@ use super::server::{Address, Export, Listener, Server};
 use crate::cli::nbd::NbdOptions;
 use crate::clock::{Clock, TrimTimer};
 use crate::error::Error;
-use crate::hypervisor::NoGuests;
+use crate::hypervisor::{Host, NoGuests};
 use crate::journal::NoJournals;
 use crate::limits::{DATA_MEMORY_BYTES, STOP_PATIENCE};
 use crate::pump::{DiskId, DiskPlan, Pump, PumpEvent};
@@ -33,7 +33,7 @@ struct Process {
     reactor: Reactor,
     signals: Signals,
     trim_timer: TrimTimer,
-    pump: Pump<NoGuests, LinuxStorage>,
+    pump: Pump<Host, LinuxStorage>,
     server: Server,
     disk: DiskId,
     stopping: Option<Stopping>,
@@ -85,7 +85,7 @@ impl Process {
         reactor.add(signals.fd(), SIGNALS, false)?;
         let opened = open_image(&mut storage, &mut reactor, &mut signals, options)?;
         let layers = storage.layers(opened.file);
-        let mut pump = Pump::new(NoGuests, storage, Box::new(NoJournals));
+        let mut pump = Pump::new(Host::NoGuests(NoGuests), storage, Box::new(NoJournals));
         // Clients see that this process dies, and know what they have flushed.
         pump.keep_nothing();
         let sectors = opened.size_bytes / formats::SECTOR_BYTES;
