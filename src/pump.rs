@@ -5,6 +5,7 @@
 //! ring by ring, and at last lets events through again. Nothing here waits, and nothing allocates once the tables have
 //! grown to their working size.
 
+mod attach;
 mod chains;
 mod copies;
 mod ends;
@@ -21,11 +22,11 @@ use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 use std::time::Duration;
 
-use rings::{Abi, BackRing, Offers, SharedPages};
+use rings::{Abi, Offers};
 
 use crate::disk::Disk;
 use crate::hypervisor::{DomainId, GrantRef, Hypervisor, HypervisorError, Port};
-use crate::journal::{Journal, JournalStore, Memory, RECORD_VERSION, RingRecord};
+use crate::journal::JournalStore;
 use crate::keep::{Journals, Kept};
 use crate::limits::REPORTS_MAX;
 use crate::queue::{Counters, FrontendMisbehaved, Queue};
@@ -295,81 +296,6 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             open.flush_begins(Token::Sync(disk.0).encode());
             self.scratch.look_at(disk.0);
         }
-    }
-
-    /// Maps a ring, binds its event channel and starts to serve it from `disk`.
-    ///
-    /// # Errors
-    /// When the guest's references or port do not hold, or the hypervisor fails; nothing stays mapped or bound.
-    pub fn attach(&mut self, disk: DiskId, plan: &RingPlan) -> Result<QueueId, AttachError> {
-        let mapping = self.hypervisor.map(plan.domain, &plan.grants).map_err(AttachError::Hypervisor)?;
-        let port = match self.hypervisor.bind(plan.domain, plan.remote_port) {
-            Ok(port) => port,
-            Err(error) => {
-                self.hypervisor.unmap(mapping);
-                return Err(AttachError::Hypervisor(error));
-            }
-        };
-        // SAFETY: the mapping is as long as `grants` says, stays until `detach` or `abort` drops the ring first, and is
-        // not touched but through it.
-        let shared = unsafe { SharedPages::new(mapping.address, plan.grants.len()) };
-        let entries = shared.entries(plan.abi);
-        let record = RingRecord {
-            version: RECORD_VERSION,
-            domain: plan.domain,
-            protocol: plan.abi.protocol().to_owned(),
-            grants: plan.grants.clone(),
-            remote_port: plan.remote_port,
-        };
-        let memory = self.journals.borrow_mut().open(&plan.journal, Memory::needed_bytes(entries));
-        let produced = BackRing::responses_produced(&shared);
-        let inherited = match memory {
-            Some(memory) if plan.resume => Journal::inherit(memory, entries, &record, produced),
-            _ => None,
-        };
-        let (journal, owed) = match inherited {
-            Some((journal, owed)) => (Some(journal), owed),
-            None if plan.resume && !self.assume_clean && !BackRing::is_idle(&shared) => {
-                if let Some(memory) = memory {
-                    self.journals.borrow_mut().close(&plan.journal, memory, false);
-                }
-                self.hypervisor.unbind(port);
-                self.hypervisor.unmap(mapping);
-                return Err(AttachError::Unrecorded);
-            }
-            None => {
-                let created = memory.and_then(|memory| Journal::create(memory, entries, &record, produced));
-                if let (None, Some(memory)) = (&created, memory) {
-                    self.journals.borrow_mut().close(&plan.journal, memory, true);
-                }
-                (created, Vec::new())
-            }
-        };
-        // A fresh ring has answered nothing, so this is where it starts too; and a frontend that does not wait for state
-        // 4 may have been served by a predecessor that died before it wrote it.
-        let ring = BackRing::resume(shared, plan.abi, u32::try_from(owed.len()).unwrap_or(0));
-        let guest = (plan.domain, self.guests.join(plan.domain));
-        let device = self.disk(disk.0).map_or(0, |disk| disk.device);
-        let flow = self.fair.join(guest.1, device);
-        let in_order = self.disk(disk.0).is_some_and(|disk| disk.in_order);
-        let mut queue = Queue::new(disk.0, guest, port, ring, mapping, journal, in_order);
-        queue.flow = flow;
-        let inherited = queue.inherit(&owed, plan.abi);
-        let id = place_in(&mut self.queues, queue);
-        self.names.resize(self.queues.len(), String::new());
-        if let Some(name) = self.names.get_mut(id as usize) {
-            name.clone_from(&plan.journal);
-        }
-        self.by_port.insert(port, id);
-        for (place, slot) in inherited {
-            self.admit(id, place, &slot);
-        }
-        if plan.resume {
-            // The predecessor may have died between publishing answers and announcing them.
-            self.hypervisor.notify(port);
-        }
-        self.list(id);
-        Ok(QueueId(id))
     }
 
     /// The next thing that the owner should know.
