@@ -2,6 +2,8 @@
 //! and operators do, each with disks of other guests beside it that must not notice.
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::cast_possible_truncation, unreachable_pub)]
 
+#[path = "backend_world/formats.rs"]
+mod disk_formats;
 #[path = "backend_world/frontends.rs"]
 mod frontends;
 #[path = "backend_world/host.rs"]
@@ -43,6 +45,37 @@ fn neighbour_is_well(host: &mut Host) {
     assert_eq!(host.be_node(100, "state").as_deref(), Some("4"));
     assert_eq!(host.be_node(100, "error"), None);
     host.wait_served(100);
+}
+
+/// The backend stops and dies in turns, and starts again.
+fn pauses(host: &mut Host, count: u64, first_ms: u64) {
+    for n in 0..count {
+        host.run_for(Duration::from_millis(first_ms + n));
+        if n % 2 == 0 {
+            host.stop();
+        } else {
+            host.kill();
+        }
+        host.start();
+    }
+}
+
+/// Guests 1 to 3 were served all along; when they are gone nothing is held, and their disks hold what they wrote.
+fn three_are_well(host: &mut Host) {
+    for guest in 1..=3 {
+        host.wait_served(guest);
+        assert_eq!(host.be_node(guest, "state").as_deref(), Some("4"));
+        unplug_cleanly(host, guest);
+    }
+    host.run_for(Duration::from_secs(5));
+    host.check_nothing_held();
+    assert!(host.shared.vault.borrow().names().is_empty());
+    let media = host.shared.media.borrow();
+    for model in host.shared.models.borrow().iter() {
+        for sector in 0..model.size() {
+            model.check_now(sector, media.visible(model.image, sector as usize)).unwrap();
+        }
+    }
 }
 
 fn both_places(run: impl Fn(u64, u16)) {
@@ -219,29 +252,8 @@ fn ten_stops_and_ten_deaths_under_io_are_only_pauses() {
             for guest in 1..=3 {
                 attached(&mut host, guest, 1500);
             }
-            for n in 0..20 {
-                host.run_for(Duration::from_millis(5 + n));
-                if n % 2 == 0 {
-                    host.stop();
-                } else {
-                    host.kill();
-                }
-                host.start();
-            }
-            for guest in 1..=3 {
-                host.wait_served(guest);
-                assert_eq!(host.be_node(guest, "state").as_deref(), Some("4"));
-                unplug_cleanly(&mut host, guest);
-            }
-            host.run_for(Duration::from_secs(5));
-            host.check_nothing_held();
-            assert!(host.shared.vault.borrow().names().is_empty());
-            let media = host.shared.media.borrow();
-            for model in host.shared.models.borrow().iter() {
-                for sector in 0..model.size() {
-                    model.check_now(sector, media.visible(model.image, sector as usize)).unwrap();
-                }
-            }
+            pauses(&mut host, 20, 5);
+            three_are_well(&mut host);
         }
     }
 }

@@ -16,8 +16,14 @@ mod handshake;
 #[path = "backend_world/host.rs"]
 mod host;
 mod hostile_support;
+#[path = "../fuzz/bodies/image.rs"]
+mod image;
+#[path = "../fuzz/bodies/qcow2.rs"]
+mod qcow2;
 #[path = "../fuzz/bodies/ring.rs"]
 mod ring;
+#[path = "../fuzz/bodies/vhd.rs"]
+mod vhd;
 mod world;
 #[path = "../fuzz/bodies/xenstore_replies.rs"]
 mod xenstore_replies;
@@ -85,4 +91,24 @@ fn indirect_requests_drawn_at_random() {
 #[test]
 fn connections_drawn_at_random() {
     drawn(30, hostile_support::script::play);
+}
+
+#[test]
+fn qcow2_images_of_the_corpus() {
+    replay("qcow2", qcow2::play);
+}
+
+#[test]
+fn qcow2_images_drawn_at_random() {
+    drawn(300, qcow2::play);
+}
+
+#[test]
+fn vhds_of_the_corpus() {
+    replay("vhd", vhd::play);
+}
+
+#[test]
+fn vhds_drawn_at_random() {
+    drawn(300, vhd::play);
 }

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use ::xenstore::{Access, Permission};
 use host::Host;
+use hostile_support::neighbour::{ABIS, NEIGHBOUR, comes_back, ends_well, host, puppet};
 use hostile_support::puppet::{DATA_FRAMES, DOMAIN, Puppet};
 use rings::request::operation::{BARRIER, DISCARD, FLUSH, INDIRECT, READ, WRITE};
 use rings::{Abi, Segment};
@@ -20,62 +21,12 @@ use world::guest::Habits;
 use world::model::sector_bytes;
 use world::rng::Rng;
 
-const ABIS: [Abi; 3] = [Abi::X86_64, Abi::X86_32, Abi::Arm];
-const NEIGHBOUR: u16 = 100;
-
-/// A host with a sane guest that does I/O, and an image of 64 sectors for a hostile one.
-fn host() -> (Host, String) {
-    let mut host = Host::new(1, 3);
-    let (disk, path) = host.add_image(300);
-    host.attach(NEIGHBOUR, &path, &[]);
-    host.connect_guest(Habits { requests: 200, depth: 8, ..Habits::new(NEIGHBOUR, disk) });
-    let (_, path) = host.add_image(64);
-    (host, path)
-}
-
-fn puppet(abi: Abi) -> (Host, Puppet) {
-    let (mut host, path) = host();
-    let puppet = Puppet::connected(&mut host, DOMAIN, abi, &path, "w");
-    (host, puppet)
-}
-
-/// The guest goes; nothing of it is held, and the neighbour was served.
-fn ends_well(mut host: Host) {
-    if host.shared.xen.borrow().is_alive(DOMAIN) {
-        host.destroy_domain(DOMAIN);
-    }
-    let (be, fe) = (host.be(DOMAIN), Host::fe(DOMAIN));
-    let _ = host.store.remove(0, &fe);
-    let _ = host.store.remove(0, &be);
-    host.run_until("forgotten", |host| host.backend.as_ref().unwrap().totals().disks == 1);
-    assert_eq!(host.shared.xen.borrow().maps_of(DOMAIN), 0);
-    host.wait_served(NEIGHBOUR);
-    assert_eq!(host.be_node(NEIGHBOUR, "error"), None);
-    assert_eq!(host.shared.xen.borrow().held(), (1, 1));
-    host.stop();
-}
-
-/// The frontend goes through 6 and 1, and is served again.
-fn comes_back(host: &mut Host, puppet: &mut Puppet) {
-    host.set_fe(DOMAIN, &[("state", "6")]);
-    host.wait_be(DOMAIN, "6");
-    assert_eq!(host.shared.xen.borrow().maps_of(DOMAIN), 0);
-    host.set_fe(DOMAIN, &[("state", "1")]);
-    host.wait_be(DOMAIN, "2");
-    puppet.renew();
-    puppet.announce(host, "3");
-    host.wait_be(DOMAIN, "4");
-    host.set_fe(DOMAIN, &[("state", "4")]);
-    let whole = puppet.whole(0);
-    assert_eq!(puppet.ask(host, READ, 0, &[whole], 1), 0);
-}
-
 #[test]
 fn wild_and_backward_request_indices_end_the_ring_and_not_the_device() {
     for abi in ABIS {
         for consumed in [0_u32, 5] {
             for jump in [33, 1000, 1 << 31, u32::MAX, u32::MAX - 4, u32::MAX - 31] {
-                let (mut host, mut puppet) = puppet(abi);
+                let (mut host, mut puppet) = puppet(abi, "w");
                 let whole = puppet.whole(0);
                 for _ in 0..consumed {
                     assert_eq!(puppet.ask(&mut host, READ, 0, &[whole], 1), 0);
@@ -100,7 +51,7 @@ fn wild_and_backward_request_indices_end_the_ring_and_not_the_device() {
 #[test]
 fn every_operation_number_is_answered_once_under_its_name() {
     for abi in ABIS {
-        let (mut host, mut puppet) = puppet(abi);
+        let (mut host, mut puppet) = puppet(abi, "w");
         let whole = puppet.whole(0);
         for op in 0..=255_u8 {
             puppet.front.write(op, u64::from(op) << 40, 0, &[whole], 1);
@@ -119,7 +70,7 @@ fn every_operation_number_is_answered_once_under_its_name() {
 #[test]
 fn segment_counts_of_any_size() {
     for abi in ABIS {
-        let (mut host, mut puppet) = puppet(abi);
+        let (mut host, mut puppet) = puppet(abi, "w");
         let segments: Vec<Segment> = (0..11).map(|n| puppet.whole(n % DATA_FRAMES)).collect();
         for op in [READ, WRITE, FLUSH] {
             for count in [0, 12, 100, 128, 254, 255] {
@@ -141,7 +92,7 @@ fn segment_counts_of_any_size() {
 #[test]
 fn sectors_that_wrap_and_discards_of_everything() {
     for abi in ABIS {
-        let (mut host, mut puppet) = puppet(abi);
+        let (mut host, mut puppet) = puppet(abi, "w");
         let whole = puppet.whole(0);
         for sector in [57, 64, u64::MAX, u64::MAX - 7, u64::MAX / 512, 1 << 55, 1 << 63, (1 << 63) - 1] {
             for op in [READ, WRITE, FLUSH, BARRIER] {
@@ -172,7 +123,7 @@ fn sectors_that_wrap_and_discards_of_everything() {
 
 #[test]
 fn grants_revoked_in_mid_flight_and_used_twice() {
-    let (mut host, mut puppet) = puppet(Abi::X86_64);
+    let (mut host, mut puppet) = puppet(Abi::X86_64, "w");
     host.shared.faults.set(Faults { latency_us_max: 5000, ..Faults::default() });
     for n in 0..60_usize {
         let page = n % DATA_FRAMES;
@@ -201,7 +152,7 @@ fn grants_revoked_in_mid_flight_and_used_twice() {
 
 #[test]
 fn a_ring_full_of_one_id_is_answered_slot_by_slot() {
-    let (mut host, mut puppet) = puppet(Abi::X86_64);
+    let (mut host, mut puppet) = puppet(Abi::X86_64, "w");
     for round in 0..20 {
         for n in 0..32 {
             let whole = puppet.whole(n % DATA_FRAMES);
@@ -368,7 +319,7 @@ fn a_domain_that_dies_at_any_step() {
 
 #[test]
 fn answers_that_nobody_reads_take_no_memory() {
-    let (mut host, mut puppet) = puppet(Abi::X86_64);
+    let (mut host, mut puppet) = puppet(Abi::X86_64, "w");
     let whole = puppet.whole(0);
     for n in 0..32 {
         puppet.front.write(READ, n, 0, &[whole], 1);
@@ -393,7 +344,7 @@ fn answers_that_nobody_reads_take_no_memory() {
 #[test]
 fn a_directory_that_is_hidden_and_shown_again() {
     for access in [Access::None, Access::Write] {
-        let (mut host, mut puppet) = puppet(Abi::X86_64);
+        let (mut host, mut puppet) = puppet(Abi::X86_64, "w");
         let fe = Host::fe(DOMAIN);
         let list =
             |access| [Permission { domain: DOMAIN, access: Access::None }, Permission { domain: 3, access }];

@@ -1,10 +1,9 @@
 //! The data path allocates nothing once its tables have their size.
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::cast_possible_truncation)]
 
+mod counting;
 mod world;
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
 use std::collections::VecDeque;
 use std::time::Duration;
 
@@ -18,35 +17,6 @@ use vbdd::params::Image;
 use vbdd::pump::{DiskPlan, Pump, RingPlan};
 use vbdd::storage::{Access, Done, FileId, Io, Layer, OpenError, Opened, Storage};
 use world::memory::GuestMemory;
-
-struct Counting;
-
-thread_local! {
-    static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
-}
-
-// SAFETY: passes everything on to the system's allocator.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        let _ = ALLOCATIONS.try_with(|count| count.set(count.get() + 1));
-        // SAFETY: the caller's promise is passed on.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: as in `alloc`.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-
-    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        let _ = ALLOCATIONS.try_with(|count| count.set(count.get() + 1));
-        // SAFETY: as in `alloc`.
-        unsafe { System.realloc(pointer, layout, size) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
 
 /// One guest, all of whose grants are good, with a port that always has an event.
 struct Bare(GuestMemory);
@@ -135,7 +105,7 @@ fn no_request_allocates_at_steady_state() {
     let mut first = 0;
     for round in 0..1000_u64 {
         if round == 100 {
-            first = ALLOCATIONS.with(Cell::get);
+            first = counting::allocations_here();
             served = 0;
         }
         for n in 0..32_u64 {
@@ -158,7 +128,7 @@ fn no_request_allocates_at_steady_state() {
             served += 1;
         }
     }
-    let allocations = ALLOCATIONS.with(Cell::get) - first;
+    let allocations = counting::allocations_here() - first;
     assert_eq!((served, pump.unanswered(queue)), (900 * 32, 0));
     assert_eq!(allocations, 0, "for {served} requests");
 }

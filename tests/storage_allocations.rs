@@ -1,10 +1,9 @@
 //! At steady state a request allocates nothing: counted by the allocator, on every path a request can take.
 #![allow(missing_docs, clippy::unwrap_used)]
 
+mod counting;
 mod storage_support;
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use storage_support::servers::Server;
@@ -14,33 +13,6 @@ use vbdd::nbd::client::Allowed;
 use vbdd::storage::engine::EngineChoice;
 use vbdd::storage::linux::{Alignment, Options};
 use vbdd::storage::{Access, FileId, Io, IoKind, Storage};
-
-struct Counting;
-
-static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
-
-// SAFETY: every call is passed on to the system's allocator unchanged.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: as the caller promises.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, address: *mut u8, layout: Layout) {
-        // SAFETY: as the caller promises.
-        unsafe { System.dealloc(address, layout) }
-    }
-
-    unsafe fn realloc(&self, address: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: as the caller promises.
-        unsafe { System.realloc(address, layout, size) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
 
 const DEPTH: usize = 32;
 
@@ -111,9 +83,9 @@ fn nothing_is_allocated_for_a_request() {
             let opened = rig.open(&path, Access::ReadWrite).unwrap();
             let mut dice = Dice(7);
             load(&mut rig, opened.file, 2000, aligned, &mut dice);
-            let before = ALLOCATIONS.load(Ordering::Relaxed);
+            let before = counting::allocations();
             load(&mut rig, opened.file, 4000, aligned, &mut dice);
-            let count = ALLOCATIONS.load(Ordering::Relaxed) - before;
+            let count = counting::allocations() - before;
             assert!(before > 100, "the counter counts");
             assert_eq!(count, 0, "{engine:?}, {case}: allocations for 4000 requests");
         }
@@ -126,8 +98,8 @@ fn nothing_is_allocated_for_a_request() {
     let mut dice = Dice(7);
     // The writes that are kept until a flush covers them take what they take soon.
     load(&mut rig, file, 20_000, true, &mut dice);
-    let before = ALLOCATIONS.load(Ordering::Relaxed);
+    let before = counting::allocations();
     load(&mut rig, file, 4000, true, &mut dice);
-    let count = ALLOCATIONS.load(Ordering::Relaxed) - before;
+    let count = counting::allocations() - before;
     assert!(count <= 2, "on a server: {count} allocations for 4000 requests");
 }

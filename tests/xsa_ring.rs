@@ -12,48 +12,13 @@ use std::time::Duration;
 
 use host::Host;
 use hostile_support::lines;
+use hostile_support::neighbour::{ABIS, NEIGHBOUR, ends_well, host, puppet};
 use hostile_support::puppet::{DOMAIN, Meddler, Puppet};
 use rings::request::operation::{BARRIER, DISCARD, FLUSH, INDIRECT, READ, WRITE};
 use rings::{Abi, BackRing, FrontRing, LARGEST_STRIDE, Offers, Segment, SharedPages};
 use vbdd::storage::Storage as _;
 use world::Faults;
-use world::guest::Habits;
 use world::model::sector_bytes;
-
-const ABIS: [Abi; 3] = [Abi::X86_64, Abi::X86_32, Abi::Arm];
-const NEIGHBOUR: u16 = 100;
-
-/// A host with a sane guest that does I/O, and an image for a hostile one.
-fn host() -> (Host, String) {
-    let mut host = Host::new(1, 3);
-    let (disk, path) = host.add_image(300);
-    host.attach(NEIGHBOUR, &path, &[]);
-    host.connect_guest(Habits { requests: 200, depth: 8, ..Habits::new(NEIGHBOUR, disk) });
-    let (_, path) = host.add_image(64);
-    (host, path)
-}
-
-fn puppet(abi: Abi, mode: &str) -> (Host, Puppet) {
-    let (mut host, path) = host();
-    let puppet = Puppet::connected(&mut host, DOMAIN, abi, &path, mode);
-    (host, puppet)
-}
-
-/// The guest goes; nothing of it is held, and the neighbour was served.
-fn ends_well(mut host: Host) {
-    if host.shared.xen.borrow().is_alive(DOMAIN) {
-        host.destroy_domain(DOMAIN);
-    }
-    let (be, fe) = (host.be(DOMAIN), Host::fe(DOMAIN));
-    let _ = host.store.remove(0, &fe);
-    let _ = host.store.remove(0, &be);
-    host.run_until("forgotten", |host| host.backend.as_ref().unwrap().totals().disks == 1);
-    assert_eq!(host.shared.xen.borrow().maps_of(DOMAIN), 0);
-    host.wait_served(NEIGHBOUR);
-    assert_eq!(host.be_node(NEIGHBOUR, "error"), None);
-    assert_eq!(host.shared.xen.borrow().held(), (1, 1));
-    host.stop();
-}
 
 /// A sector of the hostile guest's image as a reader would find it.
 fn sector(host: &Host, sector: usize) -> [u8; 512] {

@@ -12,39 +12,11 @@ use std::time::Duration;
 use ::xenstore::{Access, Permission};
 use host::Host;
 use hostile_support::lines;
+use hostile_support::neighbour::{NEIGHBOUR, ends_well, host};
 use hostile_support::puppet::{DOMAIN, Puppet};
 use rings::Abi;
 use rings::request::operation::{READ, WRITE};
 use world::Faults;
-use world::guest::Habits;
-
-const NEIGHBOUR: u16 = 100;
-
-/// A host with a sane guest that does I/O, and an image for a hostile one.
-fn host() -> (Host, String) {
-    let mut host = Host::new(1, 3);
-    let (disk, path) = host.add_image(300);
-    host.attach(NEIGHBOUR, &path, &[]);
-    host.connect_guest(Habits { requests: 200, depth: 8, ..Habits::new(NEIGHBOUR, disk) });
-    let (_, path) = host.add_image(64);
-    (host, path)
-}
-
-/// The guest goes; nothing of it is held, and the neighbour was served.
-fn ends_well(mut host: Host) {
-    if host.shared.xen.borrow().is_alive(DOMAIN) {
-        host.destroy_domain(DOMAIN);
-    }
-    let (be, fe) = (host.be(DOMAIN), Host::fe(DOMAIN));
-    let _ = host.store.remove(0, &fe);
-    let _ = host.store.remove(0, &be);
-    host.run_until("forgotten", |host| host.backend.as_ref().unwrap().totals().disks == 1);
-    assert_eq!(host.shared.xen.borrow().maps_of(DOMAIN), 0);
-    host.wait_served(NEIGHBOUR);
-    assert_eq!(host.be_node(NEIGHBOUR, "error"), None);
-    assert_eq!(host.shared.xen.borrow().held(), (1, 1));
-    host.stop();
-}
 
 #[test]
 fn xsa_349_a_flood_of_watch_events_is_bounded_work() {

@@ -5,6 +5,8 @@
 //! `--straight` copies straight to and from files in memory, as a real hypervisor does. The file must exist and is OVERWRITTEN by `--write`.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+#[path = "../../tests/counting/mod.rs"]
+mod counting;
 mod guest;
 mod machine;
 mod measure;
@@ -25,9 +27,6 @@ use vbdd::reactor::{Reactor, Ready, Waiting};
 use vbdd::storage::engine::EngineChoice;
 use vbdd::storage::linux::{LinuxStorage, Options};
 use vbdd::storage::{Access, Opened, Storage};
-
-#[global_allocator]
-static ALLOCATOR: measure::Counting = measure::Counting;
 
 /// Keys of the reactor, as the daemon has them.
 const EVENTS: usize = 0;
@@ -330,12 +329,12 @@ fn measure_path(plan: &Plan, journals: &Path) -> Result<(), String> {
     process.serve((plan.requests / 10).max(1000));
     process.clock.reset();
     let answered = |process: &Process| process.guests.iter().map(|guest| guest.answered).sum::<u64>();
-    let (done, allocations) = (answered(&process), measure::allocations());
+    let (done, allocations) = (answered(&process), counting::allocations());
     let merged = process.pump.storage.inner.merged();
     let (wall, (user, system)) = (Instant::now(), measure::cpu());
     process.serve(plan.requests);
     let (wall, (user_after, system_after)) = (wall.elapsed(), measure::cpu());
-    let allocations = measure::allocations() - allocations;
+    let allocations = counting::allocations() - allocations;
     let requests = answered(&process) - done;
     let (user, system) = (user_after.saturating_sub(user), system_after.saturating_sub(system));
     println!(

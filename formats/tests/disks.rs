@@ -13,6 +13,7 @@ use formats::{Disk, Extent, Failure, Format, Limits, Medium, Op, Pages, Raw, Req
 use support::driver::{Driver, Faults, NoFaults};
 use support::medium::SimMedium;
 use support::oracle::sector_of;
+use support::requests::Mortal as _;
 use support::rng::{Rng, seeds};
 use support::witness::Witness;
 use support::world::{Setup, World};
@@ -135,28 +136,32 @@ fn after_a_failed_sync_nothing_is_promised() {
         let mut world = World::new(seed, Setup::random(&mut rng), Planted::default());
         let mut faults = SyncFails(1 + rng.below(6));
         for step in 0..120 {
-            while (world.requests.len() as u64) < world.setup.depth {
+            while (world.all.requests.len() as u64) < world.setup.depth {
                 world.ask();
             }
-            world.step(&mut faults);
+            world.all.step(&mut faults);
             if step % 4 == 0 {
                 world.crash_and_look(false);
             }
         }
-        world.drain();
+        world.all.drain();
         if faults.0 > 0 {
             continue;
         }
         let extent = Extent { sector: 0, sectors: 1 };
         for (op, memory) in [(Op::Flush, Vec::new()), (Op::Write, vec![1; 512])] {
             let token = u64::MAX;
-            assert!(world.driver.submit(Request { token, op, extent }, memory));
-            while world.driver.step(&mut NoFaults) {}
-            let outcome = world.driver.outcomes.pop().unwrap();
+            assert!(world.all.driver.submit(Request { token, op, extent }, memory));
+            while world.all.driver.step(&mut NoFaults) {}
+            let outcome = world.all.driver.outcomes.pop().unwrap();
             assert_eq!(outcome.result, Err(Failure::SyncFailed), "{op:?}");
         }
-        world.driver.disk.close(&mut world.driver.pages);
-        assert!(matches!(world.driver.disk.closed(), Some(Err(_))), "{:?}", world.driver.disk.closed());
+        world.all.driver.disk.close(&mut world.all.driver.pages);
+        assert!(
+            matches!(world.all.driver.disk.closed(), Some(Err(_))),
+            "{:?}",
+            world.all.driver.disk.closed()
+        );
     }
 }
 

@@ -4,6 +4,8 @@
 mod support;
 
 use formats::qcow2::Planted;
+use support::driver::{Faults, NoFaults};
+use support::requests::Mortal;
 use support::rng::{Rng, seeds};
 use support::sweep::{Weather, failure_of};
 use support::world::{Setup, World};
@@ -16,11 +18,12 @@ fn run(seed: u64, plan: &Plan) -> u64 {
         setup = (1..).map(|_| Setup::random(&mut rng)).find(|setup| setup.far == far).unwrap();
     }
     let mut world = World::new(seed, setup, plan.planted);
-    world.driver.disk.plant(plan.ledger);
-    world.driver.lazy |= plan.lazy;
+    world.all.driver.disk.plant(plan.ledger);
+    world.all.driver.lazy |= plan.lazy;
     world.setup.depth = world.setup.depth.max(plan.depth);
     let mut bad = Weather { one_in: 10 + rng.below(40), full: rng.one_in(2) };
-    world.sweep(plan.steps, plan.per_step, plan.weather.then_some(&mut bad));
+    let faults: &mut dyn Faults = if plan.weather { &mut bad } else { &mut NoFaults };
+    world.sweep(plan.steps, plan.per_step, faults);
     world.crashes
 }
 

@@ -7,10 +7,11 @@ mod support;
 use std::collections::HashMap;
 
 use formats::qcow2::{Options, Qcow2};
-use formats::{Disk, Extent, Format, Limits, Medium, Op, Pages, Raw};
+use formats::{Disk, Format, Limits, Medium, Pages, Raw};
 use support::driver::Driver;
 use support::file::{FileMedium, Scratch, has_qemu, run, tool};
 use support::rng::{Rng, seeds};
+use support::shadow::{Habits, read_all, same, shadow_run};
 
 /// A chain of files, leaf first: `raw` by their name, else QCOW2.
 fn open(dir: &Scratch, names: &[&str], writable: bool) -> Driver<FileMedium> {
@@ -35,29 +36,7 @@ fn open(dir: &Scratch, names: &[&str], writable: bool) -> Driver<FileMedium> {
     Driver::new(disk, Pages::of_pages(64), media, 1)
 }
 
-fn read_all(driver: &mut Driver<FileMedium>, bytes: usize) -> Vec<u8> {
-    let mut out = Vec::new();
-    let step = 4096;
-    let sectors = driver.disk.geometry().sectors;
-    assert_eq!(sectors as usize, bytes / 512);
-    for sector in (0..sectors).step_by(step) {
-        let extent = Extent { sector, sectors: (sectors - sector).min(step as u64) };
-        let (result, memory) = driver.run(Op::Read, extent, vec![0x77; (extent.sectors * 512) as usize]);
-        result.unwrap();
-        out.extend(memory);
-    }
-    out
-}
-
-fn same(ours: &[u8], theirs: &[u8], what: &str) {
-    if let Some(sector) = (0..ours.len() / 512).find(|n| ours[n * 512..][..512] != theirs[n * 512..][..512]) {
-        panic!(
-            "{what}: sector {sector} differs: {:x?} {:x?}",
-            &ours[sector * 512..][..8],
-            &theirs[sector * 512..][..8]
-        );
-    }
-}
+const HABITS: Habits = Habits { unit: 1, most: 200, far: 200 };
 
 /// Fills an image by qemu-io with random writes, zeroes and discards.
 fn fill(dir: &Scratch, name: &str, size: u64, rng: &mut Rng, compressed: bool) {
@@ -83,44 +62,6 @@ fn fill(dir: &Scratch, name: &str, size: u64, rng: &mut Rng, compressed: bool) {
     }
 }
 
-/// Random requests, alone, beside a shadow.
-fn shadow_run(driver: &mut Driver<FileMedium>, shadow: &mut [u8], rng: &mut Rng, count: u64) {
-    let sectors = (shadow.len() / 512) as u64;
-    for number in 0..count {
-        let sector = rng.below(sectors);
-        let extent = Extent { sector, sectors: (1 + rng.below(200)).min(sectors - sector) };
-        let range = (sector * 512) as usize..(extent.end() * 512) as usize;
-        match rng.below(8) {
-            0..4 => {
-                let data: Vec<u8> =
-                    (0..extent.sectors * 512).map(|n| (n / 512 + number * 7 + 1) as u8 | 1).collect();
-                shadow[range].copy_from_slice(&data);
-                driver.run(Op::Write, extent, data).0.unwrap();
-            }
-            4 => {
-                driver.run(Op::WriteZeroes, extent, Vec::new()).0.unwrap();
-                shadow[range].fill(0);
-            }
-            5 => {
-                driver.run(Op::Discard, extent, Vec::new()).0.unwrap();
-                // A discard zeroes, or leaves be.
-                let (result, memory) = driver.run(Op::Read, extent, vec![7; range.len()]);
-                result.unwrap();
-                for (old, new) in shadow[range].chunks_mut(512).zip(memory.chunks(512)) {
-                    assert!(new == old || new.iter().all(|byte| *byte == 0), "discard shows something else");
-                    old.copy_from_slice(new);
-                }
-            }
-            6 => driver.run(Op::Flush, extent, Vec::new()).0.unwrap(),
-            _ => {
-                let (result, memory) = driver.run(Op::Read, extent, vec![7; range.len()]);
-                result.unwrap();
-                same(&memory, &shadow[range], "read");
-            }
-        }
-    }
-}
-
 /// Where there is nothing, by qemu and by us. Holes of raw parents qemu sees, and we do not.
 fn same_map(dir: &Scratch, names: &[&str], driver: &mut Driver<FileMedium>, what: &str) {
     let text = run(dir, "qemu-img", &["map", "--output=json", "-f", "qcow2", names[0]]);
@@ -135,13 +76,10 @@ fn same_map(dir: &Scratch, names: &[&str], driver: &mut Driver<FileMedium>, what
         let (start, length) = (field(line, "start"), field(line, "length"));
         let (start, length): (usize, usize) = (start.parse().unwrap(), length.parse().unwrap());
         let zero = field(line, "data") == "false";
-        for sector in start / 512..((start + length) / 512).min(ours.len()) {
+        let end = ((start + length) / 512).min(ours.len());
+        for (sector, &here) in ours.iter().enumerate().take(end).skip(start / 512) {
             nothing += usize::from(zero);
-            assert!(
-                ours[sector] == zero || raw && zero,
-                "{what}: sector {sector}: {} here, {line}",
-                ours[sector]
-            );
+            assert!(here == zero || raw && zero, "{what}: sector {sector}: {here} here, {line}");
         }
     }
     assert!(nothing > 0 || !what.starts_with("cluster 4k compat 1.1 extended off base"), "{what}: no hole");
@@ -155,10 +93,10 @@ fn round(dir: &Scratch, names: &[&str], what: &str, rng: &mut Rng) -> u64 {
     let length = shadow.len() / 512 * 512;
     shadow.truncate(length);
     let mut driver = open(dir, names, true);
-    same(&read_all(&mut driver, length), &shadow, what);
+    same(&read_all(&mut driver), &shadow, what);
     same_map(dir, names, &mut driver, what);
-    shadow_run(&mut driver, &mut shadow, rng, 60);
-    same(&read_all(&mut driver, length), &shadow, what);
+    shadow_run(&mut driver, &mut shadow, rng, 60, HABITS);
+    same(&read_all(&mut driver), &shadow, what);
     driver.close().unwrap();
     drop(driver);
     let (code, text) = tool(dir, "qemu-img", &["check", "-f", "qcow2", leaf]);
@@ -175,7 +113,7 @@ fn round(dir: &Scratch, names: &[&str], what: &str, rng: &mut Rng) -> u64 {
     );
     run(dir, "qemu-img", &["convert", "-O", "raw", leaf, "again.raw"]);
     let again = std::fs::read(dir.path("again.raw")).unwrap();
-    same(&read_all(&mut open(dir, names, false), length), &again, what);
+    same(&read_all(&mut open(dir, names, false)), &again, what);
     60
 }
 
@@ -227,7 +165,7 @@ fn chains_of_qemu_are_read_and_written() {
     if !has_qemu() {
         return;
     }
-    let mut combinations = 0;
+    let (mut combinations, mut operations) = (0, 0);
     for cluster in ["512", "4k", "64k", "2M"] {
         for (compat, extended) in [("0.10", "off"), ("1.1", "off"), ("1.1", "on")] {
             if extended == "on" && (cluster == "512" || cluster == "4k") {
@@ -309,13 +247,100 @@ fn chains_of_qemu_are_read_and_written() {
                     } else {
                         &["leaf.qcow2", name]
                     };
-                    round(&dir, names, &what, &mut rng);
+                    operations += round(&dir, names, &what, &mut rng);
                     combinations += 1;
                 }
             }
         }
     }
-    println!("{combinations} chains");
+    println!("{combinations} chains, {operations} operations");
+}
+
+/// Creates an image by qemu-img, over a parent if there is one.
+fn made(dir: &Scratch, name: &str, options: &str, parent: Option<(&str, &str)>, size: u64) {
+    let size = size.to_string();
+    let mut arguments = vec!["create", "-q", "-f", "qcow2", "-o", options];
+    if let Some((parent, format)) = parent {
+        arguments.extend(["-b", parent, "-F", format]);
+    }
+    arguments.extend([name, &size]);
+    run(dir, "qemu-img", &arguments);
+}
+
+/// What is left of the options: every cluster size, the widths of refcounts that the matrix leaves out, refcounts written late.
+#[test]
+fn every_cluster_size_of_qemu_is_read_and_written() {
+    if !has_qemu() {
+        return;
+    }
+    let (mut combinations, mut operations) = (0, 0);
+    for bits in 9..=21 {
+        for (refcount, lazy) in [(4, "off"), (16, "on"), (32, "on")] {
+            for kind in ["zlib", "zstd"] {
+                let mut rng = Rng::new(3000 + combinations);
+                let size = (2 << 20) + rng.below(2000) * 512;
+                let options = format!(
+                    "cluster_size={},compat=1.1,refcount_bits={refcount},lazy_refcounts={lazy},compression_type={kind}",
+                    1 << bits
+                );
+                let dir = Scratch::new("clusters");
+                made(&dir, "leaf.qcow2", &options, None, size);
+                fill(&dir, "leaf.qcow2", size, &mut rng, false);
+                operations += round(&dir, &["leaf.qcow2"], &options, &mut rng);
+                combinations += 1;
+            }
+        }
+    }
+    println!("{combinations} combinations, {operations} operations");
+}
+
+/// Images as distributions made and make them, each with a guest's overlay of one kind or another.
+#[test]
+fn images_of_distributions_are_read_below_overlays() {
+    if !has_qemu() {
+        return;
+    }
+    let templates = [
+        ("before qemu 1.7", "compat=0.10", true),
+        ("before qemu 1.7, not packed", "compat=0.10", false),
+        ("since qemu 1.7", "compat=1.1,lazy_refcounts=off", true),
+        ("for old readers", "compat=0.10,cluster_size=64k", true),
+        ("with refcounts written late", "compat=1.1,lazy_refcounts=on", false),
+        ("packed by zstd", "compat=1.1,compression_type=zstd", true),
+        ("in large clusters", "compat=1.1,cluster_size=2M", true),
+    ];
+    let overlays = [
+        ("plain", "compat=1.1"),
+        ("old", "compat=0.10"),
+        ("small clusters", "compat=1.1,cluster_size=4k"),
+        ("large clusters", "compat=1.1,cluster_size=1M"),
+        ("subclusters", "compat=1.1,extended_l2=on,cluster_size=128k"),
+        ("tables made ahead", "compat=1.1,extended_l2=on,preallocation=metadata"),
+        ("space made ahead", "compat=1.1,extended_l2=on,preallocation=falloc"),
+    ];
+    let (mut combinations, mut operations) = (0, 0);
+    for (template, options, packed) in templates {
+        for (overlay, further) in overlays {
+            let mut rng = Rng::new(5000 + combinations);
+            let below = (3 << 20) + rng.below(3000) * 512;
+            // As long, longer, or shorter than the template.
+            let size = [below, below * 2, below / 2 / 512 * 512][combinations as usize % 3];
+            let dir = Scratch::new("distributions");
+            made(&dir, "plain.qcow2", options, None, below);
+            fill(&dir, "plain.qcow2", below, &mut rng, false);
+            let mut base = "plain.qcow2";
+            if packed {
+                base = "base.qcow2";
+                run(&dir, "qemu-img", &["convert", "-c", "-O", "qcow2", "-o", options, "plain.qcow2", base]);
+            }
+            made(&dir, "leaf.qcow2", further, Some((base, "qcow2")), size);
+            fill(&dir, "leaf.qcow2", size, &mut rng, false);
+            let what = format!("{overlay} over {template}");
+            operations += round(&dir, &["leaf.qcow2", base], &what, &mut rng);
+            combinations += 1;
+        }
+    }
+    println!("{combinations} combinations, {operations} operations");
 }
 
 #[test]

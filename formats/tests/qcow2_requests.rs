@@ -36,19 +36,19 @@ fn reads_find_what_was_written_and_closing_leaves_no_leak() {
         println!("{setup:?}");
         let mut world = World::new(seed, setup, Planted::default());
         for _ in 0..300 {
-            while (world.requests.len() as u64) < depth {
+            while (world.all.requests.len() as u64) < depth {
                 world.ask();
             }
-            world.step(&mut NoFaults);
+            world.all.step(&mut NoFaults);
         }
-        world.drain();
-        world.read_all();
-        world.driver.close().unwrap();
-        assert_eq!(world.driver.disk.stalls, 0);
-        checked += world.reads_checked;
-        told += world.zeroes_told;
+        world.all.drain();
+        world.all.read_all();
+        world.all.driver.close().unwrap();
+        assert_eq!(world.all.driver.disk.stalls, 0);
+        checked += world.all.reads_checked;
+        told += world.all.zeroes_told;
         if seed % 4 == 0 || std::env::var("VBDD_SEED").is_ok() {
-            let leaf = world.driver.media.get_mut(&0).unwrap();
+            let leaf = world.all.driver.media.get_mut(&0).unwrap();
             let mut bytes = vec![0; usize::try_from(leaf.length_bytes()).unwrap()];
             leaf.read(0, &mut bytes).unwrap();
             qemu_check(&bytes, &format!("requests-{seed}"));

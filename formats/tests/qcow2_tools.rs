@@ -250,3 +250,19 @@ fn trimming_cuts_what_nobody_uses() {
     assert_eq!(trim(&mut medium).unwrap(), length);
     assert_eq!(medium.length_bytes(), length);
 }
+
+/// A bitmap that is shorter than its disk makes qemu refuse an image; one that is marked as being in use does not.
+#[test]
+fn an_image_with_bitmaps_grows_and_qemu_takes_it() {
+    if !has_qemu() {
+        return;
+    }
+    let dir = Scratch::new("grown-bitmaps");
+    run(&dir, "qemu-img", &["create", "-q", "-f", "qcow2", "leaf.qcow2", "4M"]);
+    run(&dir, "qemu-img", &["bitmap", "--add", "-g", "512", "leaf.qcow2", "changes"]);
+    grow(&mut FileMedium::open(&dir.path("leaf.qcow2"), true), 8 << 30).unwrap();
+    run(&dir, "qemu-io", &["-f", "qcow2", "-c", "write -P 3 7G 64k", "leaf.qcow2"]);
+    run(&dir, "qemu-img", &["check", "-f", "qcow2", "leaf.qcow2"]);
+    let info = run(&dir, "qemu-img", &["info", "leaf.qcow2"]);
+    assert!(info.contains("in-use"), "{info}");
+}

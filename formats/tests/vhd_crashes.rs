@@ -6,6 +6,7 @@ mod vhd_support;
 
 use formats::vhd::Planted;
 use support::driver::{Faults, NoFaults};
+use support::requests::Mortal as _;
 use support::rng::{Rng, seeds};
 use support::sweep::{Weather, failure_of};
 use vhd_support::world::{Setup, World};
@@ -14,7 +15,7 @@ fn run(seed: u64, planted: Planted, ledger: formats::ledger::Planted, weather: b
     let mut rng = Rng::new(seed);
     let setup = Setup::random(&mut rng);
     let mut world = World::new(seed, setup, planted);
-    world.driver.disk.plant(ledger);
+    world.all.driver.disk.plant(ledger);
     let mut bad = Weather { one_in: 10 + rng.below(40), full: rng.one_in(2) };
     let faults: &mut dyn Faults = if weather { &mut bad } else { &mut NoFaults };
     // VBDD_CRASHES: looks at what is left after each piece of work.

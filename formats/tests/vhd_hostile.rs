@@ -309,3 +309,15 @@ fn after_a_contradiction_nothing_is_written() {
     let _ = driver.close();
     assert!(before == driver.media[&0].bytes(), "a corrupt image was changed");
 }
+
+/// A sparse file of any length with blocks of one sector could have any number of them.
+#[test]
+fn a_check_takes_no_memory_for_what_is_not_there() {
+    let mut medium = filled(Kind::Dynamic, 8, &[1]);
+    poke_header(&mut medium, 32, &512_u32.to_be_bytes());
+    poke(&mut medium, 0, 48, &(8_u64 * 512).to_be_bytes());
+    sum_up(&mut medium, 0, 1, 64);
+    assert!(check(&mut medium, true, false).is_ok());
+    medium.set_length(1 << 40).unwrap();
+    assert!(matches!(check(&mut medium, true, false), Err(formats::Unsupported::Refused(_))));
+}

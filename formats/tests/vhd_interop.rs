@@ -16,6 +16,7 @@ use formats::{Disk, Extent, Facts, Format, Limits, Medium, Op, Pages, Raw};
 use support::driver::Driver;
 use support::file::{FileMedium, Scratch, has_qemu, run};
 use support::rng::{Rng, seeds};
+use support::shadow::{Habits, read_all, same, shadow_run};
 
 const MIB: u64 = 1 << 20;
 
@@ -40,63 +41,10 @@ fn open(dir: &Scratch, names: &[&str], writable: bool) -> Driver<FileMedium> {
     Driver::new(disk, Pages::of_pages(96), media, 1)
 }
 
-fn read_all(driver: &mut Driver<FileMedium>) -> Vec<u8> {
-    let sectors = driver.disk.geometry().sectors;
-    let mut out = Vec::new();
-    for sector in (0..sectors).step_by(4096) {
-        let extent = Extent { sector, sectors: (sectors - sector).min(4096) };
-        let (result, memory) = driver.run(Op::Read, extent, vec![0x77; (extent.sectors * 512) as usize]);
-        result.unwrap();
-        out.extend(memory);
-    }
-    out
-}
-
-fn same(ours: &[u8], theirs: &[u8], what: &str) {
-    assert_eq!(ours.len(), theirs.len(), "{what}: sizes");
-    let sector = (0..ours.len() / 512).find(|at| ours[at * 512..][..512] != theirs[at * 512..][..512]);
-    assert_eq!(sector, None, "{what}: that sector differs");
-}
-
-/// Random requests of whole units of so many sectors, alone, beside a shadow.
-fn shadow_run(driver: &mut Driver<FileMedium>, shadow: &mut [u8], rng: &mut Rng, count: u64, unit: u64) {
-    let sectors = (shadow.len() / 512) as u64;
-    for number in 0..count {
-        let sector = rng.below(sectors);
-        let most = if rng.one_in(6) { 9000 } else { 200 };
-        let sector = sector / unit * unit;
-        let length = (1 + rng.below(most)).next_multiple_of(unit);
-        let extent = Extent { sector, sectors: length.min(sectors - sector) };
-        let range = (sector * 512) as usize..(extent.end() * 512) as usize;
-        match rng.below(8) {
-            0..4 => {
-                let data: Vec<u8> =
-                    (0..extent.sectors * 512).map(|at| (at / 512 + number * 7 + 1) as u8 | 1).collect();
-                shadow[range].copy_from_slice(&data);
-                driver.run(Op::Write, extent, data).0.unwrap();
-            }
-            4 => {
-                driver.run(Op::WriteZeroes, extent, Vec::new()).0.unwrap();
-                shadow[range].fill(0);
-            }
-            5 => {
-                driver.run(Op::Discard, extent, Vec::new()).0.unwrap();
-                let (result, memory) = driver.run(Op::Read, extent, vec![7; range.len()]);
-                result.unwrap();
-                for (old, new) in shadow[range].chunks_mut(512).zip(memory.chunks(512)) {
-                    assert!(new == old || new.iter().all(|byte| *byte == 0), "discard shows something else");
-                    old.copy_from_slice(new);
-                }
-            }
-            6 => driver.run(Op::Flush, extent, Vec::new()).0.unwrap(),
-            _ => {
-                let (result, memory) = driver.run(Op::Read, extent, vec![7; range.len()]);
-                result.unwrap();
-                same(&memory, &shadow[range], "read");
-            }
-        }
-    }
-}
+/// Of any sectors.
+const HABITS: Habits = Habits { unit: 1, most: 200, far: 9000 };
+/// libvhdi takes the last byte of a bitmap that is not zero for full, so sectors come by eights where it reads.
+const EIGHTS: Habits = Habits { unit: 8, ..HABITS };
 
 fn is_clean(dir: &Scratch, name: &str) {
     let mut medium = FileMedium::open(&dir.path(name), false);
@@ -141,7 +89,7 @@ fn images_of_qemu_are_read_and_written() {
         let mut shadow = by_qemu(&dir, "a.vhd");
         let mut driver = open(&dir, &["a.vhd"], true);
         same(&read_all(&mut driver), &shadow, &options);
-        shadow_run(&mut driver, &mut shadow, &mut rng, 40, 1);
+        shadow_run(&mut driver, &mut shadow, &mut rng, 40, HABITS);
         driver.close().unwrap();
         is_clean(&dir, "a.vhd");
         same(&by_qemu(&dir, "a.vhd"), &shadow, &options);
@@ -168,7 +116,7 @@ fn our_images_are_read_and_written_by_qemu() {
         for _ in 0..3 {
             let mut driver = open(&dir, &["a.vhd"], true);
             same(&read_all(&mut driver), &shadow, "opened");
-            shadow_run(&mut driver, &mut shadow, &mut rng, 30, 1);
+            shadow_run(&mut driver, &mut shadow, &mut rng, 30, HABITS);
             driver.close().unwrap();
             is_clean(&dir, "a.vhd");
             same(&by_qemu(&dir, "a.vhd"), &shadow, "closed");
@@ -240,8 +188,7 @@ fn chains_are_read_by_libvhdi() {
                 check_parent(&child, Some(&below)).unwrap();
             }
             let mut driver = open(&dir, &chain, true);
-            // libvhdi takes the last byte of a bitmap that is not zero for full, so sectors come by eights here.
-            shadow_run(&mut driver, &mut shadow, &mut rng, 20, 8);
+            shadow_run(&mut driver, &mut shadow, &mut rng, 20, EIGHTS);
             driver.close().unwrap();
             is_clean(&dir, chain[0]);
             same(&read_all(&mut open(&dir, &chain, false)), &shadow, "our own reading");
@@ -276,13 +223,13 @@ fn a_chain_of_64_over_raw_reads_like_its_parts() {
         chain.insert(0, name);
         let names: Vec<&str> = chain.iter().map(String::as_str).collect();
         let mut driver = open(&dir, &names, true);
-        shadow_run(&mut driver, &mut shadow, &mut rng, 4, 1);
+        shadow_run(&mut driver, &mut shadow, &mut rng, 4, HABITS);
         driver.close().unwrap();
     }
     let names: Vec<&str> = chain.iter().map(String::as_str).collect();
     let mut driver = open(&dir, &names, true);
     same(&read_all(&mut driver), &shadow, "64 images");
-    shadow_run(&mut driver, &mut shadow, &mut rng, 60, 1);
+    shadow_run(&mut driver, &mut shadow, &mut rng, 60, HABITS);
     driver.close().unwrap();
     same(&read_all(&mut open(&dir, &names, false)), &shadow, "64 images, again");
 }
@@ -302,7 +249,7 @@ fn a_qcow2_image_over_a_vhd_reads_as_qemu_reads_it() {
         let below = create(&mut medium, &what).unwrap();
         let mut shadow = vec![0; below as usize];
         let mut base = open(&dir, &["base.vhd"], true);
-        shadow_run(&mut base, &mut shadow, &mut rng, 20, 1);
+        shadow_run(&mut base, &mut shadow, &mut rng, 20, HABITS);
         base.close().unwrap();
         // The leaf is longer than its parent: what lies behind the parent's end is zero.
         shadow.resize(below as usize + 3 * MIB as usize, 0);
@@ -322,7 +269,7 @@ fn a_qcow2_image_over_a_vhd_reads_as_qemu_reads_it() {
         let disk = Disk::new(1, images, false, Limits::default());
         let mut driver = Driver::new(disk, Pages::of_pages(96), HashMap::from([(0, leaf), (1, base)]), 1);
         same(&read_all(&mut driver), &shadow, "before");
-        shadow_run(&mut driver, &mut shadow, &mut rng, 40, 1);
+        shadow_run(&mut driver, &mut shadow, &mut rng, 40, HABITS);
         driver.close().unwrap();
         run(&dir, "qemu-img", &["convert", "-f", "qcow2", "-O", "raw", "a.qcow2", "theirs.raw"]);
         same(&std::fs::read(dir.path("theirs.raw")).unwrap(), &shadow, "after");
@@ -339,14 +286,14 @@ fn a_child_that_is_longer_than_its_parent_reads_zero_behind_it() {
     create(&mut FileMedium::create(&dir.path("p.vhd")), &what).unwrap();
     let mut shadow = vec![0; 4 * MIB as usize];
     let mut driver = open(&dir, &["p.vhd"], true);
-    shadow_run(&mut driver, &mut shadow, &mut rng, 20, 1);
+    shadow_run(&mut driver, &mut shadow, &mut rng, 20, HABITS);
     driver.close().unwrap();
     let below = read_headers(&mut FileMedium::open(&dir.path("p.vhd"), false)).unwrap();
     let snapshot = Create::snapshot(&below, "p.vhd".into(), [2; 16], 1);
     let mut child = FileMedium::create(&dir.path("c.vhd"));
     create(&mut child, &snapshot).unwrap();
     let mut driver = open(&dir, &["c.vhd", "p.vhd"], true);
-    shadow_run(&mut driver, &mut shadow, &mut rng, 20, 1);
+    shadow_run(&mut driver, &mut shadow, &mut rng, 20, HABITS);
     driver.close().unwrap();
     // Beyond the room of its BAT, with blocks in the way.
     let size = formats::vhd::change::grow(&mut child, true, 900 * MIB).unwrap();
@@ -358,7 +305,7 @@ fn a_child_that_is_longer_than_its_parent_reads_zero_behind_it() {
     let (result, memory) = driver.run(Op::Read, extent, vec![7; shadow.len()]);
     result.unwrap();
     same(&memory, &shadow, "grown");
-    shadow_run(&mut driver, &mut shadow, &mut rng, 20, 1);
+    shadow_run(&mut driver, &mut shadow, &mut rng, 20, HABITS);
     driver.close().unwrap();
     is_clean(&dir, "c.vhd");
 }

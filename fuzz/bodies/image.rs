@@ -149,7 +149,8 @@ impl Input<'_> {
 
 /// A number that is at the edge of something.
 pub fn edge(input: &mut Input<'_>) -> u64 {
-    let base = input.pick(&[0, 1, 1 << 9, 1 << 16, 1 << 31, 1 << 32, 1 << 55, 1 << 56, 1 << 62, 1 << 63, u64::MAX]);
+    let base =
+        input.pick(&[0, 1, 1 << 9, 1 << 16, 1 << 31, 1 << 32, 1 << 55, 1 << 56, 1 << 62, 1 << 63, u64::MAX]);
     base.wrapping_add(u64::from(input.byte())).wrapping_sub(8)
 }
 
@@ -192,8 +193,10 @@ pub struct User {
     out: Vec<Work>,
     last: HashMap<u64, (Result<(), Failure>, Vec<u8>)>,
     tokens: u64,
-    /// Whether the image said of itself that it is sound: then what was written must be read.
+    /// Whether the image said of itself that it is sound: then what was written must be read. In others data may lie over the very
+    /// tables that name them.
     pub trusted: bool,
+    changed: bool,
     known: BTreeMap<u64, u8>,
     /// Pieces of work until one fails.
     pub fail_after: u32,
@@ -216,6 +219,7 @@ impl User {
             last: HashMap::new(),
             tokens: 0,
             trusted: false,
+            changed: false,
             known: BTreeMap::new(),
             fail_after: u32::MAX,
             stopped: false,
@@ -233,6 +237,7 @@ impl User {
             }
         }
         if !matches!(op, Op::Read | Op::Flush) {
+            self.changed = true;
             (extent.sector..extent.end()).for_each(|sector| {
                 self.known.remove(&sector);
             });
@@ -280,7 +285,7 @@ impl User {
                     let all = read.iter().all(|byte| *byte == known);
                     assert!(all, "sector {sector} reads {:x?} and was written {known:x}", &read[..8]);
                 }
-                Op::Discard | Op::Flush => {}
+                Op::Discard | Op::Flush | Op::Status => {}
             }
         }
     }
@@ -330,7 +335,9 @@ impl User {
         let memory = match work.payload {
             Payload::Guest { token, offset_bytes } => {
                 let memory = self.memory.get_mut(&token).expect("memory of nobody");
-                memory.get_mut(offset_bytes as usize..offset_bytes as usize + length).expect("beyond the memory")
+                memory
+                    .get_mut(offset_bytes as usize..offset_bytes as usize + length)
+                    .expect("beyond the memory")
             }
             _ => {
                 own = vec![0; length];
@@ -393,7 +400,16 @@ impl User {
         while !input.is_empty() && steps < 48 {
             steps += 1;
             let (what, place) = (input.byte(), input.byte());
-            let op = [Op::Write, Op::Read, Op::Write, Op::Discard, Op::WriteZeroes, Op::Flush, Op::Write, Op::Read];
+            let op = [
+                Op::Write,
+                Op::Read,
+                Op::Write,
+                Op::Discard,
+                Op::WriteZeroes,
+                Op::Flush,
+                Op::Write,
+                Op::Read,
+            ];
             let op = op[usize::from(what & 7)];
             let sector = (u64::from(place) * spread + u64::from(what >> 6)) % sectors;
             let most = [1, 8, 33, spread * 3][usize::from(what >> 3 & 3)];
@@ -409,7 +425,10 @@ impl User {
         }
         self.settle();
         self.fail_after = u32::MAX;
-        let _ = self.run(Op::Flush, Extent { sector: 0, sectors: 1 });
+        // The first may be what lets space be given back, and that may be where a contradiction shows.
+        for _ in 0..2 {
+            let _ = self.run(Op::Flush, Extent { sector: 0, sectors: 1 });
+        }
         self.stopped = self.disk.corruption().is_some();
         if self.stopped {
             let (result, _) = self.run(Op::Write, Extent { sector: 0, sectors: 1 });
@@ -417,7 +436,11 @@ impl User {
         }
         for sector in (0..sectors).step_by((sectors as usize / 24).max(1)) {
             let extent = Extent { sector, sectors: spread.min(64).min(sectors - sector) };
-            assert_eq!(self.run(Op::Read, extent), self.run(Op::Read, extent), "two reads of sector {sector}");
+            let alike = self.run(Op::Read, extent) == self.run(Op::Read, extent);
+            assert!(
+                alike || self.changed && !self.trusted,
+                "two reads of sector {sector} find different things"
+            );
         }
         self.disk.close(&mut self.pages);
         self.settle();

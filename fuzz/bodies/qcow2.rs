@@ -29,7 +29,8 @@ impl Setup {
         let version = if bytes[0] & 8 == 0 { 3 } else { 2 };
         let cluster_bits = [9, 10, 12, 14, 9, 14, 16, 12][usize::from(bytes[0] & 7)];
         let extended = version == 3 && cluster_bits >= 14 && bytes[0] & 16 != 0;
-        let refcount_order = if version == 3 { [4, 0, 1, 2, 3, 5, 6, 4][usize::from(bytes[0] >> 5)] } else { 4 };
+        let refcount_order =
+            if version == 3 { [4, 0, 1, 2, 3, 5, 6, 4][usize::from(bytes[0] >> 5)] } else { 4 };
         Setup {
             shape: Shape { version, cluster_bits, extended, refcount_order },
             zstd: version == 3 && bytes[1] & 1 != 0,
@@ -157,7 +158,8 @@ fn pack(medium: &mut Sparse, setup: &Setup) {
             packed.extend_from_slice(part);
         }
     }
-    let (Some(&(_, table)), clusters) = (l2_tables(medium).first(), packed.len().div_ceil(length) as u64) else {
+    let (Some(&(_, table)), clusters) = (l2_tables(medium).first(), packed.len().div_ceil(length) as u64)
+    else {
         return;
     };
     let Some(at) = extend(medium, shape, clusters) else { return };
@@ -198,8 +200,13 @@ fn add_bitmap(medium: &mut Sparse, setup: &Setup) {
     ];
     medium.patch(first, &entry.concat());
     medium.patch(table, &data.to_be_bytes());
-    let extension =
-        [&0x2385_2875_u32.to_be_bytes()[..], &24_u32.to_be_bytes(), &1_u32.to_be_bytes(), &[0; 4], &32_u64.to_be_bytes()];
+    let extension = [
+        &0x2385_2875_u32.to_be_bytes()[..],
+        &24_u32.to_be_bytes(),
+        &1_u32.to_be_bytes(),
+        &[0; 4],
+        &32_u64.to_be_bytes(),
+    ];
     medium.patch(at, &extension.concat());
     medium.patch(at + 24, &first.to_be_bytes());
     medium.patch(95, &[1]);
@@ -219,7 +226,8 @@ fn snapshot(medium: &mut Sparse, setup: &Setup) {
                 let split = 62 - (shape.cluster_bits - 8);
                 let (from, sectors) = (word & ((1 << split) - 1), (word & !PACKED) >> split);
                 let last = (from + (sectors + 1) * 512 - from % 512 - 1) >> shape.cluster_bits;
-                (from >> shape.cluster_bits..=last).for_each(|cluster| count(medium, shape, cluster, |old| old + 1));
+                (from >> shape.cluster_bits..=last)
+                    .for_each(|cluster| count(medium, shape, cluster, |old| old + 1));
             } else if word & OFFSET != 0 {
                 count(medium, shape, (word & OFFSET) >> shape.cluster_bits, |old| old + 1);
                 medium.patch(at, &(word & !COPIED).to_be_bytes());
@@ -268,7 +276,8 @@ fn patch(medium: &mut Sparse, input: &mut Input<'_>) {
     let word = value.to_be_bytes();
     match kind & 15 {
         0 => {
-            let fields = [(24, 8), (36, 4), (40, 8), (48, 8), (56, 4), (60, 4), (64, 8), (72, 8), (80, 8), (88, 8)];
+            let fields =
+                [(24, 8), (36, 4), (40, 8), (48, 8), (56, 4), (60, 4), (64, 8), (72, 8), (80, 8), (88, 8)];
             let (at, length) = fields[place as usize % fields.len()];
             medium.patch(at, &word[8 - length..]);
         }
@@ -299,7 +308,8 @@ fn patch(medium: &mut Sparse, input: &mut Input<'_>) {
                 at += 8 + medium.number(at + 4, 4).next_multiple_of(8);
             }
             let directory = medium.number(at + 24, 8).min(1 << 60);
-            let places = [at + 4, at + 8, at + 16, at + 24, directory, directory + 8, directory + 16, directory + 20];
+            let places =
+                [at + 4, at + 8, at + 16, at + 24, directory, directory + 8, directory + 16, directory + 20];
             medium.patch(places[place as usize % 8], &word[which % 8..]);
         }
         13 => medium.patch((place << 9 | value & 511) % medium.length.max(1), &word[..1]),
@@ -310,7 +320,8 @@ fn patch(medium: &mut Sparse, input: &mut Input<'_>) {
         }
         _ => {
             let change = [512, 1 << bits, 5 << bits, 1 << 20][place as usize % 4];
-            let length = if kind & 16 == 0 { medium.length + change } else { medium.length.saturating_sub(change) };
+            let length =
+                if kind & 16 == 0 { medium.length + change } else { medium.length.saturating_sub(change) };
             let _ = medium.set_length(length.min(32 << 20));
         }
     }
@@ -358,7 +369,8 @@ pub fn play(data: &[u8]) {
         _ => Sparse::of_length((setup.sectors() - u64::from(flags & 3) * 11) * 512),
     };
     for _ in 0..input.byte() & 15 {
-        let medium = if input.byte() & 7 == 7 && setup.backing == Some("qcow2") { &mut parent } else { &mut leaf };
+        let medium =
+            if input.byte() & 7 == 7 && setup.backing == Some("qcow2") { &mut parent } else { &mut leaf };
         patch(medium, &mut input);
     }
     tools(&leaf, input.byte());

@@ -139,7 +139,8 @@ fn patch(medium: &mut Sparse, input: &mut Input<'_>) {
         }
         2 | 3 => {
             let word = field(input);
-            let at = HEADER_FIELDS[usize::from(place & 15)] + if place & 8 != 0 { u64::from(kind >> 5) * 24 } else { 0 };
+            let at = HEADER_FIELDS[usize::from(place & 15)]
+                + if place & 8 != 0 { u64::from(kind >> 5) * 24 } else { 0 };
             medium.patch(places.header + at, &word[usize::from(place >> 4 & 4)..]);
         }
         4..=6 => {
@@ -159,7 +160,10 @@ fn patch(medium: &mut Sparse, input: &mut Input<'_>) {
         7 => medium.patch(block + u64::from(input.byte()), &[input.byte()]),
         8 => {
             let word = field(input);
-            medium.patch(places.batmap + [0, 8, 16, 20, 24, 28][usize::from(place) % 6], &word[usize::from(kind >> 4 & 4)..]);
+            medium.patch(
+                places.batmap + [0, 8, 16, 20, 24, 28][usize::from(place) % 6],
+                &word[usize::from(kind >> 4 & 4)..],
+            );
         }
         9 => medium.patch(places.batmap + 512 + which % 4, &[input.byte()]),
         10 => {
@@ -187,7 +191,8 @@ fn patch(medium: &mut Sparse, input: &mut Input<'_>) {
         }
         13 => {
             let change = [1, 511, 512, 4096, (BLOCK + 1) * 512, 5 << 20][usize::from(place) % 6];
-            let length = if kind & 16 == 0 { medium.length + change } else { medium.length.saturating_sub(change) };
+            let length =
+                if kind & 16 == 0 { medium.length + change } else { medium.length.saturating_sub(change) };
             let _ = medium.set_length(length.min(48 << 20));
         }
         _ => {
@@ -234,7 +239,9 @@ fn tools(medium: &Sparse, which: u8) {
         4 => {
             // The metadata may be grown where they lie, or the blocks that are in the way move.
             let size = if which & 16 == 0 { 16 << 20 } else { 3 << 40 >> 4 };
-            if grow(&mut copy, grows, size).is_ok() && check(&mut medium.clone(), grows, false).is_ok_and(|old| old.corruptions + old.flaws == 0) {
+            if grow(&mut copy, grows, size).is_ok()
+                && check(&mut medium.clone(), grows, false).is_ok_and(|old| old.corruptions + old.flaws == 0)
+            {
                 let report = check(&mut copy, grows, false).expect("it has grown");
                 assert_eq!((report.corruptions, report.flaws), (0, 0), "grown: {report:?}");
             }
@@ -262,7 +269,6 @@ fn tools(medium: &Sparse, which: u8) {
         }
     }
 }
-
 
 /// Plays one input.
 pub fn play(data: &[u8]) {

@@ -74,101 +74,98 @@ pub(super) fn state(
     world: &World,
 ) -> Publication {
     let serving = state == INIT_WAIT || state == CONNECTED;
-    let mut writes = Vec::new();
-    let mut removals = Vec::new();
-    let remove = |name: &'static str, removals: &mut Vec<&'static str>| {
-        if world.node(Side::Backend, name).is_present() {
-            removals.push(name);
-        }
-    };
+    let mut nodes = Nodes { writes: Vec::new(), removals: Vec::new(), world, new: view.be == INITIALISING };
     if serving {
         if state == INIT_WAIT {
-            // A new directory has none of these yet.
-            offer(&view.terms.offered, view.be == INITIALISING, &mut writes, &mut removals);
+            nodes.offer(&view.terms.offered);
         }
         if let Some(geometry) = geometry {
-            let discard = geometry.discard.filter(|_| view.terms.offered.discard && !read_only(image));
-            offer_discard(discard, view.be == INITIALISING, &mut writes, &mut removals);
-            writes.push(("sectors", geometry.sectors.to_string()));
-            writes.push(("sector-size", "512".to_owned()));
-            writes.push(("physical-sector-size", geometry.physical_sector_bytes.to_string()));
-            writes.push(("info", info(view, image).to_string()));
+            nodes.offer_discard(geometry.discard.filter(|_| view.terms.offered.discard && !read_only(image)));
+            nodes.write("sectors", geometry.sectors);
+            nodes.write("sector-size", 512);
+            nodes.write("physical-sector-size", geometry.physical_sector_bytes);
+            nodes.write("info", info(view, image));
         }
-        remove("error", &mut removals);
+        nodes.remove("error");
     }
     if view.plays_script {
         if state == INIT_WAIT {
-            remove("hotplug-error", &mut removals);
+            nodes.remove("hotplug-error");
             if !view.hotplug_connected {
-                writes.push(("hotplug-status", "connected".to_owned()));
+                nodes.write("hotplug-status", "connected");
             }
         }
         if state == CLOSED && !view.online {
-            remove("hotplug-status", &mut removals);
+            nodes.remove("hotplug-status");
         }
     }
     if let Wording::Refusal(text) = wording {
         // Once it was "connected" the hotplug handshake is over: what goes wrong later is not its business.
         if view.plays_script && !view.hotplug_connected {
-            writes.push(("hotplug-error", text.clone()));
-            writes.push(("hotplug-status", "error".to_owned()));
+            nodes.write("hotplug-error", &text);
+            nodes.write("hotplug-status", "error");
         }
-        writes.push(("error", text));
+        nodes.write("error", text);
     }
-    writes.push(("state", state.to_string()));
+    nodes.write("state", state);
+    let Nodes { writes, removals, .. } = nodes;
     Publication { guards: guards(world, view.online, serving), writes, removals }
 }
 
-/// One node of an offer: what says no more than its absence is not written, as nodes are scarce in a driver domain; and
-/// removed, unless the directory is `new`.
-fn one_offer(
-    name: &'static str,
-    value: u32,
-    nothing: u32,
+/// Nodes of our directory that are to change.
+struct Nodes<'a> {
+    writes: Vec<(&'static str, String)>,
+    removals: Vec<&'static str>,
+    world: &'a World,
+    /// A new directory has none of the nodes of an offer yet.
     new: bool,
-    writes: &mut Vec<(&'static str, String)>,
-    removals: &mut Vec<&'static str>,
-) {
-    if value != nothing {
-        writes.push((name, value.to_string()));
-    } else if !new {
-        removals.push(name);
+}
+
+impl Nodes<'_> {
+    fn write(&mut self, name: &'static str, value: impl ToString) {
+        self.writes.push((name, value.to_string()));
     }
-}
 
-/// What Linux reads while our state is 2, and all else that does not depend on the image.
-fn offer(
-    offered: &Features,
-    new: bool,
-    writes: &mut Vec<(&'static str, String)>,
-    removals: &mut Vec<&'static str>,
-) {
-    let mut one = |name, value, nothing| one_offer(name, value, nothing, new, writes, removals);
-    one("max-ring-page-order", offered.ring_page_order_max.into(), 0);
-    // FreeBSD's and the older spelling.
-    one("max-ring-pages", 1 << offered.ring_page_order_max, 1);
-    one("multi-queue-max-queues", offered.queues_max.into(), 1);
-    one("feature-max-indirect-segments", offered.indirect_segments_max.into(), 0);
-    one("feature-persistent", offered.persistent.into(), 0);
-    one("feature-flush-cache", offered.flush.into(), 0);
-    one("feature-barrier", offered.barrier.into(), 0);
-}
-
-/// Linux before 5.11 takes granularity and alignment only if both are there. Secure discard is never offered.
-fn offer_discard(
-    discard: Option<Discard>,
-    new: bool,
-    writes: &mut Vec<(&'static str, String)>,
-    removals: &mut Vec<&'static str>,
-) {
-    const NAMES: [&str; 3] = ["feature-discard", "discard-granularity", "discard-alignment"];
-    match discard {
-        Some(Discard { granularity_bytes, alignment_bytes }) => {
-            let values = [1, granularity_bytes, alignment_bytes].map(|value| value.to_string());
-            writes.extend(NAMES.into_iter().zip(values));
+    /// Removes what is there.
+    fn remove(&mut self, name: &'static str) {
+        if self.world.node(Side::Backend, name).is_present() {
+            self.removals.push(name);
         }
-        None if new => {}
-        None => removals.extend(NAMES),
+    }
+
+    /// One node of an offer: what says no more than its absence is not written, as nodes are scarce in a driver domain; and
+    /// removed, unless the directory is new.
+    fn offer_one(&mut self, name: &'static str, value: u32, nothing: u32) {
+        if value != nothing {
+            self.write(name, value);
+        } else if !self.new {
+            self.removals.push(name);
+        }
+    }
+
+    /// What Linux reads while our state is 2, and all else that does not depend on the image.
+    fn offer(&mut self, offered: &Features) {
+        self.offer_one("max-ring-page-order", offered.ring_page_order_max.into(), 0);
+        // FreeBSD's and the older spelling.
+        self.offer_one("max-ring-pages", 1 << offered.ring_page_order_max, 1);
+        self.offer_one("multi-queue-max-queues", offered.queues_max.into(), 1);
+        self.offer_one("feature-max-indirect-segments", offered.indirect_segments_max.into(), 0);
+        self.offer_one("feature-persistent", offered.persistent.into(), 0);
+        self.offer_one("feature-flush-cache", offered.flush.into(), 0);
+        self.offer_one("feature-barrier", offered.barrier.into(), 0);
+    }
+
+    /// Linux before 5.11 takes granularity and alignment only if both are there. Secure discard is never offered.
+    fn offer_discard(&mut self, discard: Option<Discard>) {
+        const NAMES: [&str; 3] = ["feature-discard", "discard-granularity", "discard-alignment"];
+        match discard {
+            Some(Discard { granularity_bytes, alignment_bytes }) => {
+                let values = [1, granularity_bytes, alignment_bytes].map(|value| value.to_string());
+                self.writes.extend(NAMES.into_iter().zip(values));
+            }
+            None if self.new => {}
+            None => self.removals.extend(NAMES),
+        }
     }
 }
 

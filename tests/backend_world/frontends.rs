@@ -119,6 +119,30 @@ impl Machine {
         self.wait("2");
     }
 
+    /// A frontend that writes 4 itself, with its ring: in one transaction, or node by node.
+    fn connect_at_once(&mut self, habits: Habits, further: &[(&'static str, &'static str)], apart: bool) {
+        let rings = self.rings(Habits { indirect: 0, ..habits });
+        let nodes = plain(&rings);
+        let mut nodes = texts(&nodes);
+        nodes.extend(further);
+        nodes.push(("state", "4"));
+        if apart {
+            self.write_apart(&nodes);
+        } else {
+            self.write(&nodes);
+        }
+        self.wait("4");
+    }
+
+    /// The toolstack asks for the disk back, and a frontend lets go of it.
+    fn unplugged(&mut self) {
+        self.ask_back();
+        self.state("5");
+        self.wait("5");
+        self.state("6");
+        self.gone();
+    }
+
     /// The toolstack asks for the disk back.
     fn ask_back(&mut self) {
         self.host.set_be(GUEST, &[("online", "0"), ("state", "5")]);

@@ -6,7 +6,9 @@ use rings::Abi;
 
 use crate::host::{Host, RESTLESS};
 use crate::world::guest::Habits;
-use crate::{attached, both_places, habits, neighbour_is_well, unplug_cleanly, with_neighbour};
+use crate::{
+    attached, both_places, habits, neighbour_is_well, pauses, three_are_well, unplug_cleanly, with_neighbour,
+};
 
 fn shaped(guest: u16, disk: usize, queues: usize, ring_pages: usize, abi: Abi) -> Habits {
     Habits { queues, ring_pages, abi, ..habits(guest, disk, 60) }
@@ -43,29 +45,8 @@ fn several_queues_and_pages_are_taken_over_after_stops_and_deaths() {
             let habits = shaped(guest, disk, queues, pages, Abi::X86_64);
             host.connect_guest(Habits { requests: 600, ..habits });
         }
-        for n in 0..16 {
-            host.run_for(Duration::from_millis(4 + n));
-            if n % 2 == 0 {
-                host.stop();
-            } else {
-                host.kill();
-            }
-            host.start();
-        }
-        for guest in 1..=3 {
-            host.wait_served(guest);
-            assert_eq!(host.be_node(guest, "state").as_deref(), Some("4"));
-            unplug_cleanly(&mut host, guest);
-        }
-        host.run_for(Duration::from_secs(5));
-        host.check_nothing_held();
-        assert!(host.shared.vault.borrow().names().is_empty());
-        let media = host.shared.media.borrow();
-        for model in host.shared.models.borrow().iter() {
-            for sector in 0..model.size() {
-                model.check_now(sector, media.visible(model.image, sector as usize)).unwrap();
-            }
-        }
+        pauses(&mut host, 16, 4);
+        three_are_well(&mut host);
     }
 }
 

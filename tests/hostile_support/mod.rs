@@ -12,5 +12,6 @@
 
 pub mod indirect;
 pub mod lines;
+pub mod neighbour;
 pub mod puppet;
 pub mod script;

@@ -4,7 +4,7 @@
 //! what changes within a unit, is looked up image by image.
 
 use super::flight::Flight;
-use super::{Actor, Disk, Payload, Work, WorkKind, bytes_of};
+use super::{Actor, Disk, bytes_of};
 use crate::error::Failure;
 use crate::format::{Step, Wait};
 use crate::pages::{Found, Key, PAGE_BYTES, PageRef, Pages};
@@ -225,9 +225,12 @@ impl Disk {
         let from = offset_bytes - within;
         let length_bytes = (within + u64::from(bytes)).next_multiple_of(SECTOR_BYTES);
         let cut = (crate::bytes::index(within), crate::bytes::index(within + u64::from(bytes)));
-        let id = self.flights.add(Flight::UnitIn { for_whom: actor, layer, offset_bytes, cut });
-        let kind = WorkKind::Read;
-        self.out.push_back(Work { id, image, kind, offset_bytes: from, length_bytes, payload: Payload::Own });
+        self.read_own(
+            Flight::UnitIn { for_whom: actor, layer, offset_bytes, cut },
+            image,
+            from,
+            length_bytes,
+        );
         Err(Wait::Busy)
     }
 

@@ -147,16 +147,12 @@ impl Disk {
                 sectors = sectors.min(BOUNCE_BYTES as u64 / SECTOR_BYTES);
                 let length_bytes = bytes_of(sectors);
                 let bounce = self.bounce(crate::bytes::index(length_bytes))?;
-                let id = self.flights.add(Flight::FillIn { payment: at, bounce, to_bytes });
-                let kind = WorkKind::Read;
-                self.out.push_back(Work {
-                    id,
+                self.read_own(
+                    Flight::FillIn { payment: at, bounce, to_bytes },
                     image,
-                    kind,
                     offset_bytes,
                     length_bytes,
-                    payload: Payload::Own,
-                });
+                );
                 if let Some(payment) = self.payment(at) {
                     payment.outstanding += 1;
                 }

@@ -233,22 +233,20 @@ impl Disk {
                     }
                     return Wait::Busy;
                 };
-                let id = self.flights.add(Flight::PageIn(page));
-                let length_bytes = u64::from(layer.format.page_bytes());
-                let (image, kind) = (layer.image, WorkKind::Read);
-                self.out.push_back(Work {
-                    id,
-                    image,
-                    kind,
-                    offset_bytes,
-                    length_bytes,
-                    payload: Payload::Own,
-                });
+                let (image, length_bytes) = (layer.image, u64::from(layer.format.page_bytes()));
+                self.read_own(Flight::PageIn(page), image, offset_bytes, length_bytes);
                 page
             }
         };
         self.awaited = Some(page);
         Wait::Need(crate::format::PageAt(offset_bytes))
+    }
+
+    /// Has a part of an image read for the disk itself.
+    pub(super) fn read_own(&mut self, flight: Flight, image: u32, offset_bytes: u64, length_bytes: u64) {
+        let id = self.flights.add(flight);
+        let (kind, payload) = (WorkKind::Read, Payload::Own);
+        self.out.push_back(Work { id, image, kind, offset_bytes, length_bytes, payload });
     }
 
     fn page_read(&mut self, pages: &mut Pages, page: PageRef, result: Result<(), Failure>, bytes: &[u8]) {

@@ -3,7 +3,7 @@
 use alloc::vec::Vec;
 
 use crate::bytes::{index, narrow, put};
-use crate::error::{Failure, Unsupported};
+use crate::error::{Corruption, Failure, Unsupported};
 use crate::medium::Medium;
 use crate::qcow2::check::{Fix, check, write_bytes};
 use crate::qcow2::header::{CORRUPT, DIRTY, Header, field};
@@ -29,12 +29,16 @@ pub fn grow(medium: &mut dyn Medium, size_bytes: u64) -> Result<(), Unsupported>
     if size_bytes < header.size_bytes {
         return Err(Unsupported::Refused("it would become smaller, which is not supported"));
     }
-    if let Some(bitmaps) = header.bitmaps.filter(|_| size_bytes > header.size_bytes) {
-        // They are as long as the disk was, and not to be trusted from now on.
+    if size_bytes == header.size_bytes {
+        return Ok(());
+    }
+    // A bitmap that is shorter than the disk makes qemu refuse the image; one that is in use is only not to be trusted.
+    if let Some(bitmaps) = header.trusted_bitmaps() {
         let mut directory = alloc::vec![0; index(bitmaps.directory_bytes.next_multiple_of(512))];
         medium.read(bitmaps.directory_offset, &mut directory)?;
         mark_bitmaps(&mut directory, bitmaps)?;
         medium.write(bitmaps.directory_offset, &directory)?;
+        medium.sync()?;
     }
     let entries = size_bytes.div_ceil(header.shape.l2_covers_bytes());
     if entries > u64::from(header.l1_entries) {
@@ -137,11 +141,10 @@ pub(super) fn find_free(medium: &mut dyn Medium, header: &Header, count: u64) ->
             return Err(Unsupported::Refused("its refcount table is full: convert it"));
         }
         let missing = (first / per_block..=last / per_block).find_map(|number| {
-            let mut entry = [0; 8];
-            match medium.read(at + number * 8, &mut entry) {
-                Ok(()) if entry == [0; 8] => Some(Ok(number)),
-                Ok(()) => None,
-                Err(failure) => Some(Err(failure)),
+            match block_at(medium, header, number) {
+                Ok(0) => Some(Ok(number)),
+                Ok(_) => None,
+                Err(why) => Some(Err(why)),
             }
         });
         let Some(number) = missing.transpose()? else { return Ok(first) };
@@ -158,20 +161,39 @@ pub(super) fn find_free(medium: &mut dyn Medium, header: &Header, count: u64) ->
     }
 }
 
+/// Where a refcount block lies, or 0: in the file, and not over what is always there.
+fn block_at(medium: &mut dyn Medium, header: &Header, number: u64) -> Result<u64, Unsupported> {
+    let at_bytes = header.reftable_offset + number * 8;
+    let mut entry = [0; 8];
+    medium.read(at_bytes, &mut entry)?;
+    let (from, cluster) = (u64::from_be_bytes(entry), header.shape.cluster_bytes());
+    if from == 0 {
+        return Ok(0);
+    }
+    let to = from.saturating_add(cluster);
+    let always = [(0, cluster), header.l1_range(), header.reftable_range()];
+    let over = always.iter().any(|range| from < range.1 && range.0 < to);
+    if over || !from.is_multiple_of(cluster) || to > medium.length_bytes().next_multiple_of(cluster) {
+        return Err(Unsupported::Malformed(Corruption { what: "refcount table entry", at_bytes }));
+    }
+    Ok(from)
+}
+
 pub(super) fn set_counts(
     medium: &mut dyn Medium,
     header: &Header,
     first: u64,
     count: u64,
     value: u64,
-) -> Result<(), Failure> {
+) -> Result<(), Unsupported> {
     let shape = header.shape;
     let per_block = shape.refcounts_per_block();
     let mut block = alloc::vec![0; index(shape.cluster_bytes())];
     for cluster in first..first + count {
-        let mut entry = [0; 8];
-        medium.read(header.reftable_offset + cluster / per_block * 8, &mut entry)?;
-        let at = u64::from_be_bytes(entry);
+        let at = block_at(medium, header, cluster / per_block)?;
+        if at == 0 {
+            continue;
+        }
         medium.read(at, &mut block)?;
         let (within, bytes, length) =
             refcount_bytes(&block, shape.refcount_order, cluster % per_block, value);

@@ -16,6 +16,9 @@ use crate::medium::Medium;
 /// Findings that are kept; more are only counted.
 const FINDINGS_MAX: usize = 64;
 
+/// Places that blocks of a file can have at most, each with 4 bytes of memory. Blocks of 2 MiB have a million, as a BAT reaches no farther.
+const PLACES_MAX: u64 = 4 << 20;
+
 /// What `vhd-util query` and `scan` tell of an image, and a little more. Depth is the chain's, so whoever opens the chain knows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Info {
@@ -251,6 +254,9 @@ fn check_table(
     report: &mut Report,
 ) -> Result<Layout, Unsupported> {
     let vhd = Vhd::of_headers(headers);
+    if headers.length_bytes / SECTOR_BYTES / vhd.stride() > PLACES_MAX {
+        return Err(Unsupported::Refused("it is too large to be checked, for the size of its blocks"));
+    }
     let mut layout = Layout::new(vhd.stride(), headers.end_of_metadata().div_ceil(SECTOR_BYTES));
     let limit = if grows { u64::MAX } else { headers.length_bytes - FOOTER_BYTES };
     for_each_entry(medium, vhd.table_bytes, headers.blocks(), |block, start| {

@@ -5,8 +5,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use formats::qcow2::check::{Fix, check};
 use formats::{Failure, Medium, Work, WorkKind};
 
-use super::driver::{Faults, NoFaults};
+use super::driver::Faults;
 use super::medium::SimMedium;
+use super::requests::{Mortal, Requests};
 use super::rng::Rng;
 use super::witness::{Found, Witness};
 use super::world::{World, open};
@@ -30,20 +31,14 @@ impl Faults for Weather {
 impl World {
     /// What a crash now may leave, once.
     fn crashed(&mut self) -> Vec<u8> {
-        let half_done: Vec<_> = self
-            .driver
-            .in_flight
-            .iter()
-            .filter(|(work, _)| work.image == 0 && work.kind == WorkKind::Write)
-            .map(|(work, _)| (work.offset_bytes, self.driver.data_of(work)))
-            .collect();
-        let mut rng = self.driver.rng.clone();
-        self.driver.rng.next();
+        let half_done = self.all.half_done();
+        let mut rng = self.all.driver.rng.clone();
+        self.all.driver.rng.next();
         self.leaf().crash(&mut rng, &half_done)
     }
 
     /// Crashes, and looks at what is left: nothing but leaks is wrong, and every sector holds what it may.
-    pub fn crash_and_look(&mut self, deep: bool) {
+    fn look(&mut self, deep: bool) {
         self.crashes += 1;
         let bytes = self.crashed();
         let witness = Witness::new(&bytes);
@@ -59,8 +54,8 @@ impl World {
                 Found::Parent => self.below(sector),
                 Found::Torn => panic!("sector {sector} is torn"),
             };
-            let fine = self.oracle.allows(sector, value);
-            assert!(fine, "sector {sector} holds {value:x}, of {}", self.oracle.describe(sector));
+            let fine = self.all.oracle.allows(sector, value);
+            assert!(fine, "sector {sector} holds {value:x}, of {}", self.all.oracle.describe(sector));
         }
         if deep {
             self.reopen(bytes);
@@ -84,7 +79,7 @@ impl World {
         result.unwrap();
         for (sector, bytes) in (0..).zip(memory.chunks(512)) {
             let value = super::oracle::value_of(bytes).expect("torn");
-            assert!(self.oracle.allows(sector, value), "sector {sector} reads {value:x} after reopening");
+            assert!(self.all.oracle.allows(sector, value), "sector {sector} reads {value:x} after reopening");
         }
         driver.run(formats::Op::Write, all, memory).0.unwrap();
         driver.close().unwrap();
@@ -94,40 +89,31 @@ impl World {
         let witness = Witness::new(&bytes);
         assert_eq!((witness.leaks(), witness.dirty), (0, false), "after closing");
     }
+}
 
-    /// Random requests, and crashes after each piece of work.
-    pub fn sweep(&mut self, steps: u64, per_step: u64, weather: Option<&mut Weather>) {
-        let mut calm = NoFaults;
-        let faults: &mut dyn Faults = match weather {
-            Some(weather) => weather,
-            None => &mut calm,
-        };
-        for step in 0..steps {
-            while (self.requests.len() as u64) < self.setup.depth {
-                self.ask();
-            }
-            self.step(faults);
-            for turn in 0..per_step {
-                self.crash_and_look(turn == 0 && step % 64 == 5);
-            }
-        }
-        self.drain();
-        self.read_all();
-        self.driver.disk.close(&mut self.driver.pages);
-        self.driver.take();
-        loop {
-            for _ in 0..per_step {
-                self.crash_and_look(false);
-            }
-            if !self.driver.step(&mut NoFaults) {
-                break;
-            }
-        }
-        assert_eq!(self.driver.disk.closed(), Some(Ok(())), "closing");
-        self.crash_and_look(true);
+impl Mortal for World {
+    type Medium = SimMedium;
+
+    fn requests(&mut self) -> &mut Requests<SimMedium> {
+        &mut self.all
+    }
+
+    fn depth(&self) -> u64 {
+        self.setup.depth
+    }
+
+    fn ask(&mut self) {
+        World::ask(self);
+    }
+
+    fn crash_and_look(&mut self, deep: bool) {
+        self.look(deep);
+    }
+
+    fn look_closed(&mut self) {
+        self.look(true);
         let witness = Witness::new(&self.leaf().now);
         assert_eq!((witness.leaks(), witness.dirty), (0, false), "after closing");
-        assert_eq!(self.driver.disk.stalls, 0, "stalls");
     }
 }
 

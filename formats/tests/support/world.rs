@@ -4,11 +4,12 @@ use std::collections::HashMap;
 
 use formats::qcow2::create::{Create, create};
 use formats::qcow2::{Compression, Options, Planted, Qcow2, Shape};
-use formats::{Disk, Extent, Failure, Format, Limits, Medium, Op, Pages, Raw, Request};
+use formats::{Disk, Extent, Format, Limits, Medium, Op, Pages, Raw};
 
-use super::driver::{Driver, Faults, NoFaults};
-use super::medium::{SECTOR, SimMedium};
-use super::oracle::{Oracle, sector_of, value_of};
+use super::driver::Driver;
+use super::medium::SimMedium;
+use super::oracle::{Oracle, sector_of};
+use super::requests::Requests;
 use super::rng::Rng;
 
 #[derive(Clone, Debug)]
@@ -76,21 +77,11 @@ fn parent_value(layer: u64, sector: u64) -> u64 {
 
 pub struct World {
     pub setup: Setup,
-    pub driver: Driver<SimMedium>,
-    pub oracle: Oracle,
-    pub requests: HashMap<u64, (Request, u64)>,
-    pub next: u64,
+    pub all: Requests<SimMedium>,
     pub planted: Planted,
-    pub reads_checked: u64,
     pub parents: Vec<(u32, SimMedium)>,
     initial: Vec<u64>,
-    /// Sectors that status said to be nowhere.
-    pub zeroes_told: u64,
     pub crashes: u64,
-}
-
-fn run_to_end(driver: &mut Driver<SimMedium>) {
-    while driver.step(&mut NoFaults) {}
 }
 
 /// A parent image with random holes.
@@ -170,25 +161,12 @@ impl World {
             parents.into_iter().zip(1..).map(|((medium, _), number)| (number, medium)).collect();
         let mut driver = open(&setup, leaf, &parents, seed, planted);
         driver.lazy = rng.one_in(3);
-        let requests = HashMap::new();
-        World {
-            setup,
-            driver,
-            oracle,
-            requests,
-            next: 1,
-            planted,
-            reads_checked: 0,
-            parents,
-            initial,
-            crashes: 0,
-            zeroes_told: 0,
-        }
+        World { setup, all: Requests::new(driver, oracle), planted, parents, initial, crashes: 0 }
     }
 
     /// Submits a random request.
     pub fn ask(&mut self) {
-        let rng = &mut self.driver.rng;
+        let rng = &mut self.all.driver.rng;
         let op = match rng.below(20) {
             0..8 => Op::Write,
             8..12 => Op::Read,
@@ -200,78 +178,7 @@ impl World {
         let sector = rng.below(sectors);
         let most = if rng.one_in(4) { 40 } else { 9 };
         let extent = Extent { sector, sectors: (1 + rng.below(most)).min(sectors - sector) };
-        let token = self.next;
-        self.next += 1;
-        let request = Request { token, op, extent };
-        let value = |sector: u64| (token << 32) | 0x8000_0000 | sector;
-        let memory = match op {
-            Op::Write => (sector..extent.end()).flat_map(|sector| sector_of(value(sector))).collect(),
-            Op::Read => vec![0xee; (extent.sectors * 512) as usize],
-            _ => Vec::new(),
-        };
-        let begun = match op {
-            Op::Read | Op::Flush => self.oracle.tick(),
-            _ => self.oracle.begins(extent, op, value),
-        };
-        self.requests.insert(token, (request, begun));
-        assert!(self.driver.submit(request, memory));
-        self.settle_outcomes();
-    }
-
-    /// Does one piece of work.
-    pub fn step(&mut self, faults: &mut dyn Faults) -> bool {
-        let worked = self.driver.step(faults);
-        self.settle_outcomes();
-        worked
-    }
-
-    fn settle_outcomes(&mut self) {
-        for outcome in std::mem::take(&mut self.driver.outcomes) {
-            let (request, begun) = self.requests.remove(&outcome.token).unwrap();
-            let memory = self.driver.memory.remove(&outcome.token).unwrap();
-            let ok = outcome.result.is_ok();
-            if let Err(Failure::Corrupt(what)) = outcome.result {
-                panic!("{request:?}: {what}");
-            }
-            match request.op {
-                Op::Read if ok => self.check_read(request.extent, &memory, begun),
-                Op::Read => {}
-                Op::Flush if ok => self.oracle.flushed(begun),
-                Op::Flush => {}
-                _ => self.oracle.ends(request.extent, begun, ok),
-            }
-        }
-    }
-
-    fn check_read(&mut self, extent: Extent, memory: &[u8], begun: u64) {
-        for (sector, bytes) in (extent.sector..).zip(memory.chunks(SECTOR)) {
-            let value = value_of(bytes);
-            let fine = value.is_some_and(|value| self.oracle.reads(sector, value, begun));
-            assert!(fine, "sector {sector} reads {value:x?}, of {}", self.oracle.describe(sector));
-            self.reads_checked += 1;
-        }
-    }
-
-    /// Waits for every request.
-    pub fn drain(&mut self) {
-        run_to_end(&mut self.driver);
-        self.settle_outcomes();
-        assert!(self.requests.is_empty(), "requests without end: {:?}", self.requests);
-    }
-
-    /// Reads the whole disk.
-    pub fn read_all(&mut self) {
-        let extent = Extent { sector: 0, sectors: self.setup.sectors };
-        let begun = self.oracle.tick();
-        let (result, memory) =
-            self.driver.run(Op::Read, extent, vec![0xee; self.setup.sectors as usize * 512]);
-        result.unwrap();
-        self.check_read(extent, &memory, begun);
-        for (sector, zero) in self.driver.status().into_iter().enumerate() {
-            let bytes = &memory[sector * SECTOR..][..SECTOR];
-            assert!(!zero || bytes.iter().all(|byte| *byte == 0), "sector {sector} is said to be nowhere");
-            self.zeroes_told += u64::from(zero);
-        }
+        self.all.begin(op, extent);
     }
 
     /// What the parents hold.
@@ -280,7 +187,7 @@ impl World {
     }
 
     pub fn leaf(&self) -> &SimMedium {
-        &self.driver.media[&0]
+        &self.all.driver.media[&0]
     }
 }
 

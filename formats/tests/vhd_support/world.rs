@@ -4,12 +4,13 @@ use std::collections::{BTreeSet, HashMap};
 
 use formats::vhd::create::{Create, Parent, create};
 use formats::vhd::{Kind, Planted, Vhd};
-use formats::{Disk, Extent, Failure, Format, Limits, Medium, Op, Pages, Raw, Request, WorkKind};
+use formats::{Disk, Extent, Format, Limits, Medium, Op, Pages, Raw};
 
 use super::model::{Found, Model};
 use super::sparse::{Crash, Sparse};
-use crate::support::driver::{Driver, Faults, NoFaults};
+use crate::support::driver::Driver;
 use crate::support::oracle::{Oracle, sector_of, value_of};
+use crate::support::requests::{Mortal, Requests};
 use crate::support::rng::Rng;
 
 pub const BLOCK: u64 = 4096;
@@ -73,17 +74,12 @@ fn parent_value(layer: u64, sector: u64) -> u64 {
 
 pub struct World {
     pub setup: Setup,
-    pub driver: Driver<Sparse>,
-    pub oracle: Oracle,
-    pub requests: HashMap<u64, (Request, u64)>,
+    pub all: Requests<Sparse>,
     pub touched: BTreeSet<u64>,
-    pub next: u64,
     pub planted: Planted,
     pub parents: Vec<(u32, Sparse)>,
     below: HashMap<u64, u64>,
     pub crashes: u64,
-    pub reads_checked: u64,
-    pub footer_end: bool,
 }
 
 pub fn blank(
@@ -171,29 +167,17 @@ impl World {
         let oracle = Oracle::new((0..setup.sectors()).map(initial));
         let driver = open(&setup, leaf, &parents, seed, planted);
         let touched = setup.windows().iter().flat_map(|&first| first..first + 20).collect();
-        World {
-            setup,
-            driver,
-            oracle,
-            requests: HashMap::new(),
-            touched,
-            next: 1,
-            planted,
-            parents,
-            below,
-            crashes: 0,
-            reads_checked: 0,
-            footer_end: false,
-        }
+        let all = Requests::new(driver, oracle);
+        World { setup, all, touched, planted, parents, below, crashes: 0 }
     }
 
     pub fn leaf(&self) -> &Sparse {
-        &self.driver.media[&0]
+        &self.all.driver.media[&0]
     }
 
     fn random_extent(&mut self) -> Extent {
         let windows = self.setup.windows();
-        let rng = &mut self.driver.rng;
+        let rng = &mut self.all.driver.rng;
         if rng.one_in(24) {
             let block = rng.below(self.setup.blocks);
             return Extent { sector: block * BLOCK, sectors: BLOCK };
@@ -208,7 +192,7 @@ impl World {
     pub fn ask(&mut self) {
         let extent = self.random_extent();
         let whole = extent.sectors == BLOCK;
-        let op = match self.driver.rng.below(20) {
+        let op = match self.all.driver.rng.below(20) {
             0..9 => Op::Write,
             9..12 => Op::Read,
             12..14 => Op::Discard,
@@ -216,71 +200,10 @@ impl World {
             _ => Op::Flush,
         };
         let op = if whole && op != Op::Write { Op::Discard } else { op };
-        let token = self.next;
-        self.next += 1;
-        let request = Request { token, op, extent };
-        let value = |sector: u64| (token << 32) | 0x8000_0000 | sector;
-        let memory = match op {
-            Op::Write => (extent.sector..extent.end()).flat_map(|sector| sector_of(value(sector))).collect(),
-            Op::Read => vec![0xee; (extent.sectors * 512) as usize],
-            _ => Vec::new(),
-        };
-        let begun = match op {
-            Op::Read | Op::Flush => self.oracle.tick(),
-            _ => self.oracle.begins(extent, op, value),
-        };
         if !whole && op != Op::Flush {
             self.touched.extend(extent.sector..extent.end());
         }
-        self.requests.insert(token, (request, begun));
-        assert!(self.driver.submit(request, memory));
-        self.settle_outcomes();
-    }
-
-    pub fn step(&mut self, faults: &mut dyn Faults) -> bool {
-        let worked = self.driver.step(faults);
-        self.settle_outcomes();
-        worked
-    }
-
-    fn settle_outcomes(&mut self) {
-        for outcome in std::mem::take(&mut self.driver.outcomes) {
-            let (request, begun) = self.requests.remove(&outcome.token).unwrap();
-            let memory = self.driver.memory.remove(&outcome.token).unwrap();
-            let ok = outcome.result.is_ok();
-            if let Err(Failure::Corrupt(what)) = outcome.result {
-                panic!("{request:?}: {what}");
-            }
-            match request.op {
-                Op::Read if ok => self.check_read(request.extent, &memory, begun),
-                Op::Read => {}
-                Op::Flush if ok => self.oracle.flushed(begun),
-                Op::Flush => {}
-                _ => self.oracle.ends(request.extent, begun, ok),
-            }
-        }
-    }
-
-    fn check_read(&mut self, extent: Extent, memory: &[u8], begun: u64) {
-        for (sector, bytes) in (extent.sector..).zip(memory.chunks(512)) {
-            let value = value_of(bytes);
-            let fine = value.is_some_and(|value| self.oracle.reads(sector, value, begun));
-            assert!(fine, "sector {sector} reads {value:x?}, of {}", self.oracle.describe(sector));
-            self.reads_checked += 1;
-        }
-    }
-
-    pub fn drain(&mut self) {
-        while self.step(&mut NoFaults) {}
-        assert!(self.requests.is_empty(), "requests without end: {:?}", self.requests);
-    }
-
-    pub fn read_all(&mut self) {
-        let extent = Extent { sector: 0, sectors: self.setup.sectors() };
-        let begun = self.oracle.tick();
-        let (result, memory) = self.driver.run(Op::Read, extent, vec![0xee; extent.sectors as usize * 512]);
-        result.unwrap();
-        self.check_read(extent, &memory, begun);
+        self.all.begin(op, extent);
     }
 
     fn look(&self, model: &Model<'_>) {
@@ -291,8 +214,8 @@ impl World {
                 Found::Parent => sector_of(self.below.get(&sector).copied().unwrap_or(0)),
             };
             let value = value_of(&bytes).unwrap_or_else(|| panic!("sector {sector} is torn"));
-            let fine = self.oracle.allows(sector, value);
-            assert!(fine, "sector {sector} holds {value:x}, of {}", self.oracle.describe(sector));
+            let fine = self.all.oracle.allows(sector, value);
+            assert!(fine, "sector {sector} holds {value:x}, of {}", self.all.oracle.describe(sector));
             if self.setup.eager() {
                 assert_eq!(
                     model.sector_by_qemu(sector),
@@ -303,15 +226,11 @@ impl World {
         }
     }
 
-    /// Crashes, and looks at what is left.
-    pub fn crash_and_look(&mut self, deep: bool) {
+    fn crash(&mut self, deep: bool) {
         self.crashes += 1;
-        let is_write = |work: &formats::Work| work.image == 0 && work.kind == WorkKind::Write;
-        let flying = self.driver.in_flight.iter().filter(|(work, _)| is_write(work));
-        let half_done: Vec<_> =
-            flying.map(|(work, _)| (work.offset_bytes, self.driver.data_of(work))).collect();
-        let mut rng = self.driver.rng.clone();
-        self.driver.rng.next();
+        let half_done = self.all.half_done();
+        let mut rng = self.all.driver.rng.clone();
+        self.all.driver.rng.next();
         let crash: Crash<'_> = self.leaf().crash(&mut rng, &half_done);
         self.look(&Model::new(&crash));
         if deep {
@@ -327,11 +246,11 @@ impl World {
         result.unwrap();
         for (sector, bytes) in (0..).zip(memory.chunks(512)) {
             let value = value_of(bytes).unwrap_or_else(|| panic!("sector {sector} is torn"));
-            let fine = self.oracle.allows(sector, value);
+            let fine = self.all.oracle.allows(sector, value);
             assert!(
                 fine,
                 "sector {sector} reads {value:x} after reopening, of {}",
-                self.oracle.describe(sector)
+                self.all.oracle.describe(sector)
             );
         }
         for first in self.setup.windows() {
@@ -350,48 +269,43 @@ impl World {
             );
         }
     }
+}
+
+impl Mortal for World {
+    type Medium = Sparse;
+
+    fn requests(&mut self) -> &mut Requests<Sparse> {
+        &mut self.all
+    }
+
+    fn depth(&self) -> u64 {
+        self.setup.depth
+    }
+
+    fn ask(&mut self) {
+        World::ask(self);
+    }
+
+    fn crash_and_look(&mut self, deep: bool) {
+        self.crash(deep);
+    }
 
     /// Discards whole blocks, without a flush.
-    fn discard_some(&mut self) {
+    fn before_closing(&mut self) {
         for block in 0..self.setup.blocks {
-            if self.driver.rng.one_in(2) {
+            if self.all.driver.rng.one_in(2) {
                 let extent = Extent { sector: block * BLOCK, sectors: BLOCK };
-                let begun = self.oracle.begins(extent, Op::Discard, |_| 0);
-                let ok = self.driver.run(Op::Discard, extent, Vec::new()).0.is_ok();
-                self.oracle.ends(extent, begun, ok);
+                let begun = self.all.oracle.begins(extent, Op::Discard, |_| 0);
+                let ok = self.all.driver.run(Op::Discard, extent, Vec::new()).0.is_ok();
+                self.all.oracle.ends(extent, begun, ok);
             }
         }
     }
 
-    /// Random requests, and crashes after each piece of work; closing, and crashes in that.
-    pub fn sweep(&mut self, steps: u64, per_step: u64, faults: &mut dyn Faults) {
-        for step in 0..steps {
-            while (self.requests.len() as u64) < self.setup.depth {
-                self.ask();
-            }
-            self.step(faults);
-            for turn in 0..per_step {
-                self.crash_and_look(turn == 0 && step % 64 == 5);
-            }
-        }
-        self.drain();
-        self.read_all();
-        self.discard_some();
-        self.driver.disk.close(&mut self.driver.pages);
-        self.driver.take();
-        loop {
-            for turn in 0..per_step {
-                self.crash_and_look(turn == 0);
-            }
-            if !self.driver.step(&mut NoFaults) {
-                break;
-            }
-        }
-        assert_eq!(self.driver.disk.closed(), Some(Ok(())), "closing");
+    fn look_closed(&mut self) {
         let model = Model::new(self.leaf());
         self.look(&model);
         model.check_closed();
-        assert_eq!(self.driver.disk.stalls, 0, "stalls");
     }
 }
 

@@ -1,16 +1,10 @@
 //! MiniOS (and pv-grub on it): writes 4 itself, with its ring; reads `mode`; goes through 5, 6, 1 at its end.
 
-use super::{Machine, everywhere, plain, texts};
-use crate::world::guest::Habits;
+use super::{Machine, everywhere};
 
 fn init(machine: &mut Machine) {
     let habits = machine.habits(1, 1);
-    let rings = machine.rings(Habits { indirect: 0, ..habits });
-    let nodes = plain(&rings);
-    let mut nodes = texts(&nodes);
-    nodes.extend([("feature-persistent", "0"), ("state", "4")]);
-    machine.write(&nodes);
-    machine.wait("4");
+    machine.connect_at_once(habits, &[("feature-persistent", "0")], false);
     assert_eq!(machine.be("mode").as_deref(), Some("w"));
     machine.sizes();
     machine.served();
@@ -24,10 +18,6 @@ fn from_init_to_shutdown_and_again() {
             machine.dance();
         }
         init(machine);
-        machine.ask_back();
-        machine.state("5");
-        machine.wait("5");
-        machine.state("6");
-        machine.gone();
+        machine.unplugged();
     });
 }

@@ -1,19 +1,14 @@
 //! OVMF XenPvBlkDxe: waits for exactly 2, writes 4 itself, sends flush and barrier if both are offered, hangs if 2 or 6 is
 //! skipped; the operating system comes after it.
 
-use super::{Machine, everywhere, plain, texts};
+use super::{Machine, everywhere};
 use crate::world::guest::Habits;
 
 fn init(machine: &mut Machine) {
     machine.wait("2");
     let barriers = u64::from(machine.be("feature-barrier").as_deref() == Some("1"));
     let habits = machine.habits(1, 1);
-    let rings = machine.rings(Habits { indirect: 0, depth: 1, barriers, ..habits });
-    let nodes = plain(&rings);
-    let mut nodes = texts(&nodes);
-    nodes.push(("state", "4"));
-    machine.write_apart(&nodes);
-    machine.wait("4");
+    machine.connect_at_once(Habits { depth: 1, barriers, ..habits }, &[], true);
     machine.sizes();
     machine.served();
 }
@@ -31,10 +26,6 @@ fn firmware_then_an_operating_system_then_firmware() {
             machine.remove(&["multi-queue-num-queues"]);
         }
         init(machine);
-        machine.ask_back();
-        machine.state("5");
-        machine.wait("5");
-        machine.state("6");
-        machine.gone();
+        machine.unplugged();
     });
 }
