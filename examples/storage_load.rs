@@ -1,7 +1,7 @@
 //! A load on the storage layer alone, to be held against `fio`: random transfers at a fixed depth through
 //! [`LinuxStorage`], waited for with the reactor's poller.
 //!
-//! `storage_load PATH read|write DEPTH SECONDS [engine=auto] [block=4096] [wait=epoll|polling] [cached]` prints one line
+//! `storage_load PATH|ADDRESS read|write DEPTH SECONDS [engine=auto] [block=4096] [wait=epoll|polling] [cached]` prints one line
 //! of numbers.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use polling::{Event, Events, PollMode, Poller};
 use rustix::event::epoll;
 use vbdd::buffers::Span;
+use vbdd::nbd::client::{Address, Allowed, Place};
 use vbdd::storage::linux::{LinuxStorage, Options};
 use vbdd::storage::{Access, Done, FileId, Io, IoKind, Opened, Storage};
 
@@ -37,8 +38,14 @@ fn parse() -> Result<Load, String> {
         "write" => IoKind::Write,
         other => return Err(format!("{other}: say read or write")),
     };
-    let root = Path::new(path).parent().ok_or("the path must be absolute")?;
-    let mut options = Options { roots: vec![root.to_path_buf()], ..Options::default() };
+    let mut options = Options::default();
+    match Address::parse(path).map(|address| address.place) {
+        Ok(Place::Unix(socket)) => {
+            options.servers.extend(Path::new(&socket).parent().map(|parent| Allowed::Sockets(parent.into())));
+        }
+        Ok(Place::Tcp { host, port }) => options.servers.push(Allowed::Host { host, port }),
+        Err(_) => options.roots.push(Path::new(path).parent().ok_or("the path must be absolute")?.into()),
+    }
     let mut block = 4096;
     let mut bare = true;
     for word in rest {

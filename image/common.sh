@@ -8,7 +8,7 @@ RUST_TARGET=x86_64-unknown-linux-gnu
 
 # The program, and the Debian package that brings it.
 HOST_TOOLS="qemu-system-x86_64:qemu-system-x86 cpio:cpio busybox:busybox-static xz:xz-utils mke2fs:e2fsprogs
-            debugfs:e2fsprogs flock:util-linux timeout:coreutils setsid:util-linux zstd:zstd"
+            debugfs:e2fsprogs qemu-img:qemu-utils flock:util-linux timeout:coreutils setsid:util-linux zstd:zstd"
 
 say() { printf '%s\n' "$*" >&2; }
 die() { say "error: $*"; exit 2; }

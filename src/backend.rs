@@ -5,6 +5,7 @@
 //! state machine (`vbd`); this module carries out the actions and brings back the answers.
 
 mod actions;
+mod exports;
 mod media;
 mod notices;
 mod offers;
@@ -32,6 +33,7 @@ use crate::vbd::{
     Vbd, World,
 };
 use crate::xenbus::Session;
+pub use exports::OpenDisk;
 pub use media::Measured;
 use notices::Bucket;
 pub use quotas::disks_that_fit;
@@ -66,6 +68,8 @@ enum Purpose {
 #[derive(Clone, Debug)]
 struct OpenImage {
     opened: Opened,
+    /// Which files the images below it are.
+    parents: Vec<Identity>,
     disk: DiskId,
     request: OpenRequest,
 }
@@ -136,6 +140,8 @@ pub struct Backend<H, S> {
     unwatched: Vec<(Duration, WatchToken, Path)>,
     /// When the sizes of the images were looked at.
     sizes_at: Duration,
+    /// Disks were opened, closed or resized since somebody asked.
+    disks_changed: bool,
     stopping: bool,
 }
 
@@ -166,6 +172,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
             timers_due: None,
             unwatched: Vec::new(),
             sizes_at: now,
+            disks_changed: false,
             stopping: false,
         }
     }
@@ -335,6 +342,17 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
                     });
                 self.notice(address, log::Level::Error, &text);
             }
+            PumpEvent::Corrupt(disk, corruption) => {
+                let holds = |device: &Device| device.image.as_ref().is_some_and(|image| image.disk == disk);
+                let found = self.devices.iter().find(|(_, device)| holds(device));
+                let Some(address) = found.map(|(address, _)| *address) else { return };
+                let text = format!(
+                    "{} is damaged ({corruption}): it is not written any more, and what is damaged cannot be read; \
+                     detach it and run vbdd image check",
+                    self.image_path(address)
+                );
+                self.notice(address, log::Level::Error, &text);
+            }
         }
     }
 
@@ -383,8 +401,10 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
         opened: Opened,
     ) -> Result<vbd::Geometry, String> {
         let path = &request.image.path;
-        let raw = if let Some(other) = self.sharer(address, opened.identity, &request) {
-            Err(sharing::refusal(path, other))
+        let layers = self.pump.storage.layers(opened.file);
+        let parents: Vec<Identity> = layers.iter().flatten().skip(1).map(|layer| layer.identity).collect();
+        let raw = if let Some(other) = self.sharer(address, opened.identity, &parents, &request) {
+            Err(sharing::refusal(&request.image, other))
         } else if !opened.locked {
             Err(format!(
                 "{path} is locked: another program writes it, or the last writes of an earlier vbdd are not over; wait, or \
@@ -397,7 +417,8 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
         let raw = match raw {
             Ok(raw) => raw,
             Err(refusal) => {
-                self.pump.storage.close(opened.file);
+                let parents = layers.into_iter().flatten().skip(1).map(|layer| layer.file);
+                parents.chain([opened.file]).for_each(|file| self.pump.storage.close(file));
                 return Err(refusal);
             }
         };
@@ -408,15 +429,17 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
             self.notice(address, log::Level::Warn, &text);
         }
         let sectors = raw.geometry().sectors;
-        let (Identity::File { device, .. } | Identity::Device { number: device }) = opened.identity;
+        let device = opened.identity.device();
         let plan = DiskPlan { device, ..DiskPlan::new(opened.file, sectors, request.read_only) };
-        let disk = self.pump.add_disk(&plan);
-        let physical_sector_bytes = opened.physical_block_bytes;
+        let disk = match layers {
+            Some(layers) => self.pump.add_chain(&plan, layers),
+            None => self.pump.add_disk(&plan),
+        };
         if let Some(device) = self.devices.get_mut(&address) {
-            device.image = Some(OpenImage { opened, disk, request });
+            device.image = Some(OpenImage { opened, parents, disk, request });
         }
-        let discard = media::discard_of(&opened);
-        Ok(vbd::Geometry { sectors, physical_sector_bytes, discard })
+        self.disks_changed = true;
+        Ok(media::geometry_of(&opened))
     }
 
     /// A read of a device's nodes is due, unless the guest has caused too many of late.

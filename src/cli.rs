@@ -1,5 +1,6 @@
 //! The command line.
 
+pub mod nbd;
 pub mod serve;
 
 use std::ffi::OsString;
@@ -7,6 +8,7 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use crate::error::Error;
+use crate::tool::{self, Failed};
 
 const HELP: &str = "\
 vbdd serves the virtual disks of Xen guests from images.
@@ -15,15 +17,17 @@ Usage: vbdd COMMAND [OPTIONS]
 
 Commands:
   serve     serve every disk that appears in xenstore, until SIGTERM
+  nbd       serve one image to NBD clients
   status    show what a running vbdd serves
   resize    tell a guest that its disk's image has grown
+  image     make, show, check, change and move images
   help      this text, or that of a command
 
 Options:
   -h, --help       this text
   -V, --version    the version
 
-vbdd COMMAND --help tells more. Manual: vbdd(8).
+vbdd COMMAND --help tells more. Manual: vbdd(8), vbdd-image(1).
 ";
 
 /// Runs the command that `arguments` (without the program's name) ask for.
@@ -31,16 +35,24 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let arguments: Vec<OsString> = arguments.into_iter().collect();
     let json = arguments.iter().any(|argument| argument == "--json");
     match command(arguments) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
+        Ok(code) => ExitCode::from(code),
+        Err(Failed { error, code }) => {
             let text = if json { error_json(&error) } else { format!("vbdd: {error}") };
             let _ = writeln!(std::io::stderr(), "{text}");
-            ExitCode::FAILURE
+            ExitCode::from(code)
         }
     }
 }
 
-fn command(arguments: Vec<OsString>) -> Result<(), Error> {
+fn command(arguments: Vec<OsString>) -> Result<u8, Failed> {
+    if arguments.first().is_some_and(|name| name == "image") {
+        return tool::run(&mut lexopt::Parser::from_args(arguments.into_iter().skip(1)));
+    }
+    daemon_command(arguments)?;
+    Ok(0)
+}
+
+fn daemon_command(arguments: Vec<OsString>) -> Result<(), Error> {
     use lexopt::prelude::{Long, Short, Value};
     let mut parser = lexopt::Parser::from_args(arguments);
     match parser.next().map_err(|error| usage(&error))? {
@@ -50,6 +62,10 @@ fn command(arguments: Vec<OsString>) -> Result<(), Error> {
             Some("serve") => match serve::parse(&mut parser)? {
                 Some(options) => crate::daemon::serve(&options),
                 None => print(serve::HELP),
+            },
+            Some("nbd") => match nbd::parse(&mut parser)? {
+                Some(options) => crate::nbd::process::run(&options),
+                None => print(nbd::HELP),
             },
             Some("status") => crate::control::client::status(&mut parser),
             Some("resize") => crate::control::client::resize(&mut parser),
@@ -64,8 +80,14 @@ fn help_of(parser: &mut lexopt::Parser) -> Result<(), Error> {
     use lexopt::prelude::Value;
     match parser.next().map_err(|error| usage(&error))? {
         Some(Value(name)) if name == "serve" => print(serve::HELP),
+        Some(Value(name)) if name == "nbd" => print(nbd::HELP),
         Some(Value(name)) if name == "status" => print(crate::control::client::HELP),
         Some(Value(name)) if name == "resize" => print(crate::control::client::RESIZE_HELP),
+        Some(Value(name)) if name == "image" => {
+            let command = parser.next().map_err(|error| usage(&error))?;
+            let command = if let Some(Value(name)) = command { name.into_string().ok() } else { None };
+            print(tool::help(command.as_deref()))
+        }
         _ => print(HELP),
     }
 }
@@ -133,7 +155,7 @@ mod tests {
             (vec!["serve", "--frob"], "invalid option '--frob' (see vbdd --help)"),
         ] {
             let arguments = arguments.into_iter().map(OsString::from).collect();
-            assert_eq!(command(arguments).unwrap_err().to_string(), expected);
+            assert_eq!(command(arguments).unwrap_err().error.to_string(), expected);
         }
     }
 }

@@ -1,18 +1,19 @@
 //! `vbdd serve`: the process around the backend. Opens what the machine offers, waits, and feeds the backend.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 use log::{info, warn};
-use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec};
 
 use crate::backend::{Backend, Measured, Options, disks_that_fit};
 use crate::cli::serve::{PlaceOption, ServeOptions};
+use crate::clock::{Clock, TrimTimer};
 use crate::control;
 use crate::error::Error;
-use crate::hypervisor::LinuxHypervisor;
+use crate::hypervisor::{Host, LinuxHypervisor};
 use crate::journal::JournalDirectory;
-use crate::limits::{DATA_MEMORY_BYTES, STOP_PATIENCE, TRIM_AFTER};
+use crate::limits::{CONTROL_SESSIONS_MAX, DATA_MEMORY_BYTES, NBD_MEMORY_BYTES, STOP_PATIENCE};
+use crate::nbd::guests::Exporter;
 use crate::owners;
 use crate::reactor::{Reactor, Ready};
 use crate::signals::{Signal, Signals};
@@ -27,27 +28,7 @@ const STORAGE: usize = 2;
 const SIGNALS: usize = 3;
 const TRIM: usize = 4;
 const CONTROL: usize = 16;
-
-/// Time since the process began, a few milliseconds coarse. The exact clock is a system call in some Xen domains, and the loop
-/// looks at the time with every batch of requests.
-#[derive(Clone, Copy)]
-struct Clock(Duration);
-
-impl Clock {
-    fn start() -> Clock {
-        Clock(Clock::system())
-    }
-
-    fn now(self) -> Duration {
-        Clock::system().saturating_sub(self.0)
-    }
-
-    fn system() -> Duration {
-        let time = rustix::time::clock_gettime(rustix::time::ClockId::MonotonicCoarse);
-        let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
-        Duration::new(seconds, u32::try_from(time.tv_nsec).unwrap_or(0))
-    }
-}
+const NBD: usize = CONTROL + 1 + CONTROL_SESSIONS_MAX;
 
 struct Daemon {
     clock: Clock,
@@ -57,11 +38,10 @@ struct Daemon {
     polls_writable: bool,
     signals: Signals,
     control: control::Server,
-    backend: Backend<LinuxHypervisor, LinuxStorage>,
+    backend: Backend<Host, LinuxStorage>,
+    nbd: Option<Exporter>,
     stop_by: Option<Duration>,
-    /// Fires when it may be time to give memory back; set while there is load.
-    trim_timer: OwnedFd,
-    trim_is_set: bool,
+    trim_timer: TrimTimer,
 }
 
 /// Serves until a signal ends it.
@@ -93,10 +73,14 @@ impl Daemon {
         let clock = Clock::start();
         let hypervisor = LinuxHypervisor::open()?;
         let journals = JournalDirectory::open(&options.state_dir)?;
+        let nbd_memory = usize::try_from(NBD_MEMORY_BYTES).unwrap_or(0);
+        let nbd_memory = if options.export_dir.is_some() { nbd_memory } else { 0 };
         let storage = LinuxStorage::new(&StorageOptions {
             engine: options.engine,
             roots: options.roots.clone(),
-            pool_bytes: DATA_MEMORY_BYTES,
+            servers: options.servers.clone(),
+            server_patience: options.server_patience,
+            pool_bytes: DATA_MEMORY_BYTES + nbd_memory,
             ..StorageOptions::default()
         })
         .map_err(|text| Error::new(text, ""))?;
@@ -108,11 +92,13 @@ impl Daemon {
             // SAFETY: the storage keeps its descriptors open for life, and lives as long as the reactor.
             reactor.add(unsafe { BorrowedFd::borrow_raw(fd) }, STORAGE, false)?;
         }
-        let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
-        let trim_timer = rustix::time::timerfd_create(TimerfdClockId::Monotonic, flags)
-            .map_err(|errno| Error::new(format!("cannot make a timer: {errno}"), ""))?;
+        let trim_timer = TrimTimer::new()?;
         reactor.add(trim_timer.as_fd(), TRIM, false)?;
         let control = control::Server::open(&options.state_dir, CONTROL, &mut reactor)?;
+        let nbd = match &options.export_dir {
+            Some(directory) => Some(Exporter::open(directory, NBD, &mut reactor)?),
+            None => None,
+        };
         let store = xenbus::Options { path: options.xenstore.clone(), seed: seed() };
         let mut xenbus = Xenbus::open(&store, 0).map_err(|error| Error::new(error.to_string(), ""))?;
         info!("xenstore: {}", xenbus.place().display());
@@ -142,9 +128,11 @@ impl Daemon {
         vbd.terms = options.terms(vbd.terms);
         vbd.terms.offered.persistent = options.persistent_grants;
         let kinds = options.kinds.iter().filter_map(|name| Kind::from_name(name)).collect();
-        let assume_clean = options.assume_clean;
+        let (assume_clean, cache_mib) = (options.assume_clean, options.metadata_cache_mib);
         let options = Options { kinds, vbd };
-        let mut backend = Backend::new(options, hypervisor, storage, Box::new(journals), clock.now());
+        let mut backend =
+            Backend::new(options, Host::Xen(hypervisor), storage, Box::new(journals), clock.now());
+        backend.pump().set_metadata_cache((cache_mib as usize) << 20);
         if assume_clean {
             backend.pump().assume_clean();
         }
@@ -161,9 +149,9 @@ impl Daemon {
             signals,
             control,
             backend,
+            nbd,
             stop_by: None,
             trim_timer,
-            trim_is_set: false,
         }))
     }
 
@@ -171,7 +159,13 @@ impl Daemon {
         let mut ready = Vec::new();
         loop {
             let now = self.clock.now();
+            if let Some(nbd) = &mut self.nbd {
+                nbd.receive(&mut self.backend, now, &mut self.reactor);
+            }
             let more = self.backend.turn(self.xenbus.session(), now);
+            let more =
+                self.nbd.as_mut().is_some_and(|nbd| nbd.send(&mut self.backend, now, &mut self.reactor))
+                    || more;
             let more = self.answer_control(now) || more;
             self.xenbus.flush(millis(now));
             self.poll_store();
@@ -188,7 +182,7 @@ impl Daemon {
             }
             // io_uring may have ended the wait without making its descriptor readable; asking it costs no system call.
             self.backend.pump().storage.ready();
-            self.set_trim_timer();
+            self.trim_timer.set(&mut self.backend.pump().storage);
             if self.xenbus.timeout().is_some_and(|at| at <= millis(now)) {
                 self.xenbus.handle_time(millis(now));
             }
@@ -207,32 +201,10 @@ impl Daemon {
                 }
             }
             STORAGE => {}
-            TRIM => self.trim(),
+            TRIM => self.trim_timer.fired(self.backend.pump()),
             SIGNALS => self.take_signals(now),
+            NBD.. => self.nbd.iter_mut().for_each(|nbd| nbd.ready(ready)),
             _ => self.control.ready(ready, now, &mut self.reactor),
-        }
-    }
-
-    /// Has the memory of a load looked at later. A timer of its own, and no timeout of the wait: that would be set and
-    /// cancelled with every batch of requests.
-    fn set_trim_timer(&mut self) {
-        if self.trim_is_set || !self.backend.pump().storage.was_busy() {
-            return;
-        }
-        let seconds = i64::try_from(TRIM_AFTER.as_secs()).unwrap_or(i64::MAX);
-        let it_value = Timespec { tv_sec: seconds, tv_nsec: 0 };
-        let once = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value };
-        let set = rustix::time::timerfd_settime(&self.trim_timer, TimerfdTimerFlags::empty(), &once);
-        self.trim_is_set = set.is_ok();
-    }
-
-    /// Gives the memory of past load back to the system, once, when there has been none for a while.
-    fn trim(&mut self) {
-        let _ = rustix::io::read(&self.trim_timer, &mut [0_u8; 8]);
-        self.trim_is_set = false;
-        self.set_trim_timer();
-        if !self.trim_is_set {
-            self.backend.pump().trim();
         }
     }
 
@@ -245,6 +217,9 @@ impl Daemon {
                     );
                     self.stop_by = Some(now + STOP_PATIENCE);
                     self.backend.stop();
+                    if let Some(nbd) = &mut self.nbd {
+                        nbd.stop(&mut self.backend, &mut self.reactor);
+                    }
                 }
                 Signal::Stop => {}
                 Signal::Report => {
@@ -258,7 +233,8 @@ impl Daemon {
 
     fn ended(&self, now: Duration) -> bool {
         let Some(stop_by) = self.stop_by else { return false };
-        if self.backend.stopped() {
+        let nbd = self.nbd.as_ref().map_or(0, Exporter::in_flight);
+        if self.backend.stopped() && nbd == 0 {
             info!("stopped: everything is answered and durable");
             return true;
         }
@@ -334,7 +310,8 @@ impl Daemon {
 
     fn timeout(&self) -> Option<Duration> {
         let store = self.xenbus.timeout().map(Duration::from_millis);
-        let deadlines = [store, self.backend.deadline(), self.control.deadline(), self.stop_by];
+        let nbd = self.nbd.as_ref().and_then(Exporter::deadline);
+        let deadlines = [store, self.backend.deadline(), self.control.deadline(), nbd, self.stop_by];
         let first = deadlines.into_iter().flatten().min()?;
         Some(first.saturating_sub(self.clock.now()))
     }
@@ -377,7 +354,7 @@ fn wait_for_domain(
 
 /// Takes as many descriptors as may be had: each image takes one or two, and the usual soft limit is 1024 for programs that
 /// call `select`.
-fn raise_descriptor_limit() {
+pub(crate) fn raise_descriptor_limit() {
     let mut limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
     limit.current = limit.maximum;
     if let Err(errno) = rustix::process::setrlimit(rustix::process::Resource::Nofile, limit) {

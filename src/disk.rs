@@ -9,7 +9,7 @@
 
 use std::collections::VecDeque;
 
-use formats::Raw;
+use formats::{Extent, Place, Raw, Run};
 use rings::Offers;
 
 use crate::pump::DiskPlan;
@@ -45,8 +45,12 @@ enum Barrier {
 pub struct Disk {
     /// The image.
     pub file: FileId,
-    /// Where the disk's sectors lie in it.
+    /// Its size; and where its sectors lie in the image, if that has no format.
     pub image: Raw,
+    /// The image has a format.
+    pub is_chain: bool,
+    /// Writes of nothing but zeroes take no space.
+    pub detect_zeroes: bool,
     /// Writes are refused (XSA-142).
     pub read_only: bool,
     /// What frontends may ask for.
@@ -78,6 +82,8 @@ impl Disk {
         Disk {
             file: plan.file,
             image: Raw::of_sectors(plan.size_sectors),
+            is_chain: false,
+            detect_zeroes: false,
             read_only: plan.read_only,
             offers: plan.offers,
             device: plan.device,
@@ -90,6 +96,16 @@ impl Disk {
             inside: 0,
             barrier: None,
             held_back: VecDeque::new(),
+        }
+    }
+
+    /// Where an extent of a raw disk lies in its file, in bytes. `None` where a format has to say, and for what lies beyond
+    /// the disk: it may have shrunk since a request was checked.
+    #[must_use]
+    pub fn offset_of(&self, extent: Extent) -> Option<u64> {
+        match self.image.map(extent) {
+            Ok(Run { place: Place::Data { offset_bytes }, .. }) if !self.is_chain => Some(offset_bytes),
+            _ => None,
         }
     }
 

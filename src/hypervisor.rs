@@ -3,9 +3,13 @@
 //! [`Hypervisor`] is implemented by `hypervisor::linux` over `/dev/xen/gntdev` and `/dev/xen/evtchn`, and by the
 //! simulated world in `tests/`. Nothing above this seam knows which of them it talks to.
 
+mod host;
 mod linux;
+mod none;
 
+pub use host::Host;
 pub use linux::LinuxHypervisor;
+pub use none::NoGuests;
 
 use crate::buffers::Span;
 

@@ -38,6 +38,8 @@ struct Root {
 #[derive(Debug)]
 pub struct Roots {
     roots: Vec<Root>,
+    /// The option that names them.
+    option: &'static str,
 }
 
 /// A file or block device that may be opened as an image. Nothing of it was opened yet.
@@ -48,6 +50,14 @@ pub struct Image {
     kind: FileType,
     /// Which file it really is.
     pub identity: Identity,
+}
+
+/// What a path has led to.
+struct Node {
+    root: usize,
+    relative: PathBuf,
+    node: OwnedFd,
+    stat: Stat,
 }
 
 impl Image {
@@ -74,26 +84,34 @@ impl Roots {
     /// # Errors
     /// For a root that is not an absolute path of an existing directory, and for more than [`ROOTS_MAX`].
     pub fn new(paths: &[PathBuf]) -> Result<Roots, OpenError> {
+        Self::of_option("--root", paths)
+    }
+
+    /// The same for directories that another option names.
+    ///
+    /// # Errors
+    /// As [`Roots::new`].
+    pub fn of_option(option: &'static str, paths: &[PathBuf]) -> Result<Roots, OpenError> {
         let mut roots = Vec::new();
         for asked in paths {
             let text = asked.to_string_lossy();
             if roots.len() == ROOTS_MAX {
-                return Err(refuse(&text, format!("is one --root too many: {ROOTS_MAX} are allowed")));
+                return Err(refuse(&text, format!("is one {option} too many: {ROOTS_MAX} are allowed")));
             }
             if !asked.is_absolute() {
-                return Err(refuse(&text, "--root must be an absolute path"));
+                return Err(refuse(&text, format!("{option} must be an absolute path")));
             }
             let real = asked
                 .canonicalize()
-                .map_err(|error| refuse(&text, format!("--root cannot be used: {}", error.kind())))?;
+                .map_err(|error| refuse(&text, format!("{option} cannot be used: {}", error.kind())))?;
             let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
             let directory = rustix::fs::open(&real, flags, Mode::empty()).map_err(|errno| {
                 let why = if errno == Errno::NOTDIR { "is not a directory" } else { "cannot be opened" };
-                refuse(&text, format!("--root {why} ({errno})"))
+                refuse(&text, format!("{option} {why} ({errno})"))
             })?;
             roots.push(Root { asked: asked.clone(), real, directory });
         }
-        Ok(Roots { roots })
+        Ok(Roots { roots, option })
     }
 
     /// Finds out what `path` is, without opening it: no device driver and no FIFO notices.
@@ -101,6 +119,25 @@ impl Roots {
     /// # Errors
     /// When it is not below a root, does not exist, or is neither a regular file nor a block device.
     pub fn locate(&self, path: &str) -> Result<Image, OpenError> {
+        let Node { root, relative, stat, .. } = self.node(path)?;
+        let kind = FileType::from_raw_mode(stat.st_mode);
+        Ok(Image { root, relative, kind, identity: identity(path, kind, &stat)? })
+    }
+
+    /// Finds a Unix socket. The descriptor only names it.
+    ///
+    /// # Errors
+    /// When it is not below a root, does not exist, or is no socket.
+    pub fn socket(&self, path: &str) -> Result<OwnedFd, OpenError> {
+        let node = self.node(path)?;
+        match FileType::from_raw_mode(node.stat.st_mode) {
+            FileType::Socket => Ok(node.node),
+            _ => Err(refuse(path, "is no socket")),
+        }
+    }
+
+    /// What a path leads to.
+    fn node(&self, path: &str) -> Result<Node, OpenError> {
         check_words(path)?;
         let mut current = PathBuf::from(path);
         for _ in 0..=LINKS_MAX {
@@ -108,10 +145,8 @@ impl Roots {
             let flags = OFlags::PATH | OFlags::NOFOLLOW;
             let node = self.open_below(root, &relative, flags).map_err(|errno| explain(path, errno, None))?;
             let stat = rustix::fs::fstat(&node).map_err(|errno| explain(path, errno, None))?;
-            let kind = FileType::from_raw_mode(stat.st_mode);
-            if kind != FileType::Symlink {
-                let identity = identity(path, kind, &stat)?;
-                return Ok(Image { root, relative, kind, identity });
+            if FileType::from_raw_mode(stat.st_mode) != FileType::Symlink {
+                return Ok(Node { root, relative, node, stat });
             }
             let target =
                 rustix::fs::readlinkat(&node, "", Vec::new()).map_err(|errno| explain(path, errno, None))?;
@@ -174,22 +209,26 @@ impl Roots {
             .max_by_key(|(_, depth, _)| *depth);
         match found {
             Some((_, _, rest)) if rest.as_os_str().is_empty() => {
-                Err(refuse(asked, "is a --root directory, not an image"))
+                Err(refuse(asked, format!("is a {} directory, not an image", self.option)))
             }
             Some((root, _, rest)) => Ok((root, rest.to_path_buf())),
             None if self.roots.is_empty() => {
-                Err(refuse(asked, "no --root was given, so no image may be opened"))
+                Err(refuse(asked, format!("no {} was given, so no image may be opened", self.option)))
             }
             None if path == Path::new(asked) => Err(refuse(
                 asked,
-                "lies below none of the directories given with --root; move it there, or add a --root",
+                format!(
+                    "lies below none of the directories given with {0}; move it there, or add a {0}",
+                    self.option
+                ),
             )),
             None => {
                 let target = printable(&path.to_string_lossy());
                 Err(refuse(
                     asked,
                     format!(
-                        "is a symbolic link to {target}, which lies below no --root; add one that holds it"
+                        "is a symbolic link to {target}, which lies below no {}; add one that holds it",
+                        self.option
                     ),
                 ))
             }
@@ -298,7 +337,7 @@ pub(crate) fn explain(path: &str, errno: Errno, access: Option<Access>) -> OpenE
         Errno::LOOP => String::from(
             "a directory on the way to it is a symbolic link, which is not followed; write the real path",
         ),
-        Errno::XDEV => String::from("leads out of its --root"),
+        Errno::XDEV => String::from("leads out of its directory, which was allowed"),
         Errno::NAMETOOLONG => String::from("a part of the path is longer than a file name can be"),
         Errno::ACCESS | Errno::PERM if writing => String::from(
             "may not be opened for writing by vbdd: it, or its device, is protected; change that, or attach it read-only (mode r)",

@@ -5,7 +5,9 @@
 
 pub mod backend;
 pub mod buffers;
+pub mod chains;
 pub mod cli;
+mod clock;
 pub mod control;
 pub mod daemon;
 pub mod disk;
@@ -14,7 +16,9 @@ pub(crate) mod grants;
 pub mod hypervisor;
 pub mod images;
 pub mod journal;
+pub mod keep;
 pub mod limits;
+pub mod nbd;
 pub mod owners;
 pub mod params;
 pub mod pump;
@@ -22,5 +26,6 @@ pub mod queue;
 pub mod reactor;
 pub mod signals;
 pub mod storage;
+pub mod tool;
 pub mod vbd;
 pub mod xenbus;

@@ -44,6 +44,21 @@ pub const EVENT_DELAY_MAX: Duration = Duration::from_millis(128);
 /// of 1 MiB; when the disks of `k` guests hang, 64 MiB / (k + 1) stay for the others, 1.3 MiB beside 46 of them.
 pub const DATA_MEMORY_BYTES: usize = 64 << 20;
 
+/// Metadata of images in memory, all disks together, in bytes, unless asked otherwise: the L2 tables of 256 GiB at 64 KiB
+/// clusters, or their merged map. What does not fit is read again.
+pub const METADATA_CACHE_MIB: u32 = 32;
+
+/// Memory for metadata and copies on their way to and from images, in bytes: 64 transfers of 128 KiB, or 2 048 of a page;
+/// others wait for the first to end.
+pub const METADATA_MEMORY_BYTES: usize = 8 << 20;
+
+/// Chunks of the state directory for changed metadata that a killed process must leave to its successor: 127 pages (1 020 KiB)
+/// each, as many as are needed at a time; 32 MiB. Disks write what they have from 256 pages on.
+pub const KEPT_CHUNKS_MAX: usize = 32;
+
+/// How long changed metadata may stay in memory while nobody flushes.
+pub const WRITE_BACK_INTERVAL: Duration = Duration::from_secs(1);
+
 /// Pages of one queue that stay mapped: what a Linux frontend keeps for a ring of 32 requests of 32 pages and some more.
 /// 100 bytes of books each.
 pub const GRANTS_PER_QUEUE_MAX: usize = 1056;
@@ -140,6 +155,69 @@ pub const CONTROL_LINE_BYTES_MAX: usize = 1024;
 
 /// How long the control door does not listen after it could not take a client.
 pub const CONTROL_REST: Duration = Duration::from_secs(1);
+
+/// Clients of the NBD server at once. Each has 64 KiB of input ([`NBD_INPUT_BYTES`]), 96 bytes of books for each of 128 requests, and
+/// headers that are not sent: [`NBD_UNSENT_BYTES_MAX`] and at most 450 bytes for each request, 120 KiB. 64 of them: 13 MiB at most,
+/// and next to nothing while they ask for little.
+pub const NBD_CLIENTS_MAX: usize = 64;
+
+/// Input of one client that is read at a time, in bytes: 32 requests of 4 KiB in two or three calls; and the longest message but the data
+/// of a write, which go straight where they belong.
+pub const NBD_INPUT_BYTES: usize = 64 << 10;
+
+/// Requests of one client from their header to the end of their reply; the next one waits in the socket.
+pub const NBD_REQUESTS_MAX: usize = 128;
+
+/// The longest read or write of a client, in bytes; clients are told. One piece of memory.
+pub const NBD_REQUEST_BYTES_MAX: u32 = 1 << 20;
+
+/// Memory for data that every client of the NBD server has for itself, in bytes: 64 requests of 4 KiB, or 2 of 128 KiB. Nobody who
+/// takes and keeps what he can get comes between a client and this.
+pub const NBD_CLIENT_BYTES: u64 = 256 << 10;
+
+/// Memory for data that all clients share, in bytes. A client leaves at least as much free as it takes: 8 MiB are the most that one
+/// has. Who needs more than its own share and finds none waits at most until [`NBD_MESSAGE_AGE`] ends for those who do not take
+/// their replies.
+pub const NBD_SHARED_BYTES: u64 = 16 << 20;
+
+/// Memory for the data of all clients, in bytes: 16 MiB of their own and 16 MiB shared. `vbdd serve` has it besides
+/// [`DATA_MEMORY_BYTES`].
+pub const NBD_MEMORY_BYTES: u64 = NBD_CLIENTS_MAX as u64 * NBD_CLIENT_BYTES + NBD_SHARED_BYTES;
+
+/// Bytes of unsent headers above which no more is taken from a client.
+pub const NBD_UNSENT_BYTES_MAX: usize = 64 << 10;
+
+/// The longest option that is read, in bytes: a name of 4 KiB and a hundred queries.
+pub const NBD_OPTION_BYTES_MAX: usize = 16 << 10;
+
+/// Options of one handshake. The longest answer is the list of [`DEVICES_MAX`] exports, some 100 KB.
+pub const NBD_OPTIONS_MAX: u32 = 256;
+
+/// How long a handshake may take.
+pub const NBD_HANDSHAKE_AGE: Duration = Duration::from_secs(10);
+
+/// How long a client may take to send the rest of a message, or to take a piece of a reply: 1 MiB at 35 KB/s. Between messages it may
+/// be silent for ever.
+pub const NBD_MESSAGE_AGE: Duration = Duration::from_secs(30);
+
+/// Clients that are accepted before those there are have their turn.
+pub const NBD_ACCEPTS_PER_TURN: usize = 8;
+
+/// How long the NBD server does not listen after it could not take a client, and how soon a request is tried again that found
+/// no memory although no client holds any.
+pub const NBD_REST: Duration = Duration::from_secs(1);
+/// See [`NBD_REST`].
+pub const NBD_RETRY: Duration = Duration::from_millis(10);
+
+/// Memory for writes that NBD servers have answered and that no flush has covered: 64 MiB for all images, and for each of
+/// them between 2 MiB (twice the longest write) and 16 MiB.
+pub const NBD_UNFLUSHED_BYTES: u64 = 64 << 20;
+/// See [`NBD_UNFLUSHED_BYTES`].
+pub const NBD_UNFLUSHED_IMAGE_BYTES: (u64, u64) = (2 << 20, 16 << 20);
+
+/// How long requests wait for an NBD server that does not answer before they fail, if the operator says nothing else: long
+/// enough for a host to start anew, and not for ever, so that the disk of a guest that is gone can be let go of.
+pub const NBD_PATIENCE: Duration = Duration::from_secs(300);
 
 /// How long after the last request the buffers' memory goes back to the system.
 pub const TRIM_AFTER: Duration = Duration::from_secs(5);

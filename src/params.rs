@@ -4,13 +4,17 @@
 //! the toolstack wrote is either one of the spellings below or an error that says what to write instead.
 //!
 //! ```text
-//! raw:PATH  aio:PATH                         the format named
+//! raw:PATH  aio:PATH  qcow2:PATH  vhd:PATH   the format named; vpc: is vhd:
 //! tap:aio:PATH  tap2:aio:PATH                xend, xl (blktap); with or without "tapdisk:" in the middle
+//! raw:nbd://HOST/EXPORT  and the like         what lies on an NBD server: see nbd::client::address
 //! file:PATH  phy:PATH  phy:NAME              xend, libvirt; NAME is relative to /dev
 //! PATH                                       only with type=phy or type=file: those say "raw"
 //! ```
 
 use std::fmt;
+
+use crate::nbd::client::Address;
+use crate::nbd::client::address::is_remote;
 
 /// The longest path that is taken, in bytes: Linux's own bound.
 pub const PATH_MAX_BYTES: usize = 4095;
@@ -23,6 +27,33 @@ const QUOTED_MAX_CHARS: usize = 48;
 pub enum Format {
     /// Byte n of the disk is byte n of the file or block device.
     Raw,
+    /// QCOW2, of version 2 or 3.
+    Qcow2,
+    /// VHD: fixed, dynamic or differencing.
+    Vhd,
+}
+
+impl Format {
+    /// The format that goes by a name: qemu's and blktap's.
+    #[must_use]
+    pub fn of_name(name: &str) -> Option<Format> {
+        match name {
+            "raw" | "aio" => Some(Format::Raw),
+            "qcow2" => Some(Format::Qcow2),
+            "vhd" | "vpc" => Some(Format::Vhd),
+            _ => None,
+        }
+    }
+
+    /// The name by which it is told.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Format::Raw => "raw",
+            Format::Qcow2 => "qcow2",
+            Format::Vhd => "vhd",
+        }
+    }
 }
 
 /// An image that the toolstack named.
@@ -30,7 +61,8 @@ pub enum Format {
 pub struct Image {
     /// Its format, as named.
     pub format: Format,
-    /// Its absolute path. Whether it lies below an allowed root is decided when it is opened.
+    /// Its absolute path, or the address of an NBD server. Whether it lies below an allowed root, or is an allowed server, is
+    /// decided when it is opened.
     pub path: String,
 }
 
@@ -53,6 +85,8 @@ pub enum ParamsError {
     RelativePath(String),
     /// A path with a `..` in it.
     ParentInPath,
+    /// What looks like the address of a server, and is none: why.
+    BadServer(&'static str),
     /// A path with control characters, or longer than [`PATH_MAX_BYTES`].
     BadPath,
 }
@@ -62,16 +96,16 @@ impl fmt::Display for ParamsError {
         match self {
             ParamsError::Empty => f.write_str("params is empty: there is no medium in the drive"),
             ParamsError::NoFormat => {
-                f.write_str("params names no format, and formats are never guessed: write raw:PATH")
+                f.write_str("params names no format, and formats are never guessed: write raw:PATH, qcow2:PATH or vhd:PATH")
             }
             ParamsError::NotServed(name) => {
-                write!(f, "format {name} is not supported yet: convert the image and write raw:PATH")
+                write!(f, "format {name} is not supported: convert the image to raw, qcow2 or vhd")
             }
             ParamsError::NotLocal(name) => {
                 write!(f, "{name} disks are not served: give a file or block device as raw:PATH")
             }
             ParamsError::UnknownFormat(name) => {
-                write!(f, "unknown format \"{name}\" in params: write raw:PATH")
+                write!(f, "unknown format \"{name}\" in params: write raw:PATH, qcow2:PATH or vhd:PATH")
             }
             ParamsError::UnknownOption(text) => {
                 write!(f, "unknown option in \"{text}\" of params: write raw:PATH")
@@ -82,6 +116,7 @@ impl fmt::Display for ParamsError {
             ParamsError::ParentInPath => {
                 f.write_str("the path in params has a \"..\" in it: write it without")
             }
+            ParamsError::BadServer(why) => write!(f, "params names no NBD server: {why}"),
             ParamsError::BadPath => write!(
                 f,
                 "the path in params has control characters or is longer than {PATH_MAX_BYTES} bytes: use another"
@@ -126,16 +161,16 @@ fn named(text: &str) -> Result<Image, ParamsError> {
     let Some((name, path)) = text.split_once(':') else {
         return Err(ParamsError::RelativePath(quoted(text)));
     };
+    if let Some(format) = Format::of_name(name) {
+        return image(format, path);
+    }
     match name {
-        "raw" | "aio" => raw(path),
-        "vhd" => Err(ParamsError::NotServed("vhd")),
-        "qcow2" => Err(ParamsError::NotServed("qcow2")),
         "qcow" => Err(ParamsError::NotServed("qcow")),
         "qed" => Err(ParamsError::NotServed("qed")),
         "vmdk" => Err(ParamsError::NotServed("vmdk")),
         "vdi" => Err(ParamsError::NotServed("vdi")),
         "vhdx" => Err(ParamsError::NotServed("vhdx")),
-        "nbd" | "nbds" | "nbd+unix" | "nbd+tcp" | "nbds+unix" => Err(ParamsError::NotLocal("nbd")),
+        "nbd" | "nbds" | "nbd+unix" | "nbd+tcp" | "nbds+unix" => Err(ParamsError::NoFormat),
         "iscsi" => Err(ParamsError::NotLocal("iscsi")),
         "rbd" => Err(ParamsError::NotLocal("rbd")),
         "http" | "https" => Err(ParamsError::NotLocal("http")),
@@ -146,11 +181,19 @@ fn named(text: &str) -> Result<Image, ParamsError> {
 }
 
 fn raw(path: &str) -> Result<Image, ParamsError> {
+    image(Format::Raw, path)
+}
+
+fn image(format: Format, path: &str) -> Result<Image, ParamsError> {
     if path.is_empty() {
         return Err(ParamsError::Empty);
     }
     if path.len() > PATH_MAX_BYTES || path.chars().any(char::is_control) {
         return Err(ParamsError::BadPath);
+    }
+    if is_remote(path) {
+        Address::parse(path).map_err(ParamsError::BadServer)?;
+        return Ok(Image { format, path: path.to_owned() });
     }
     if !path.starts_with('/') {
         return Err(ParamsError::RelativePath(quoted(path)));
@@ -158,7 +201,7 @@ fn raw(path: &str) -> Result<Image, ParamsError> {
     if path.split('/').any(|part| part == "..") {
         return Err(ParamsError::ParentInPath);
     }
-    Ok(Image { format: Format::Raw, path: path.to_owned() })
+    Ok(Image { format, path: path.to_owned() })
 }
 
 /// A bounded, printable piece of what was refused.
@@ -194,7 +237,12 @@ mod tests {
             ("phy", "phy:vg/lv", "/dev/vg/lv"),
             ("phy", "phy:sda1", "/dev/sda1"),
             ("qdisk", "raw:/var/a:b, c..d.img", "/var/a:b, c..d.img"),
+            ("qdisk", "qcow2:/var/a.qcow2", "/var/a.qcow2"),
+            ("vbd3", "vhd:/var/a.vhd", "/var/a.vhd"),
             ("phy", "/var/raw:x", "/var/raw:x"),
+            ("qdisk", "raw:nbd://store/disk", "nbd://store/disk"),
+            ("vbd3", "qcow2:nbd+unix:///d?socket=/run/s", "nbd+unix:///d?socket=/run/s"),
+            ("tap", "tap:vhd:nbd://[::1]:9/d", "nbd://[::1]:9/d"),
         ];
         for (device_type, params, expected) in table {
             assert_eq!(path(device_type, params).as_deref(), Ok(expected), "{device_type} {params}");
@@ -210,11 +258,21 @@ mod tests {
             ("qdisk", "/var/a.img", ParamsError::NoFormat),
             ("", "/var/a.img", ParamsError::NoFormat),
             ("tap", "tap:/var/a.img", ParamsError::NoFormat),
-            ("vbd3", "vhd:/var/a.vhd", ParamsError::NotServed("vhd")),
-            ("qdisk", "qcow2:/var/a.qcow2", ParamsError::NotServed("qcow2")),
-            ("tap", "tap:qcow2:/a", ParamsError::NotServed("qcow2")),
-            ("phy", "nbd:unix:/run/s", ParamsError::NotLocal("nbd")),
-            ("phy", "nbd+unix:///d?socket=/run/s", ParamsError::NotLocal("nbd")),
+            ("tap", "tap:qcow:/a", ParamsError::NotServed("qcow")),
+            ("phy", "nbd:unix:/run/s", ParamsError::NoFormat),
+            ("phy", "nbd+unix:///d?socket=/run/s", ParamsError::NoFormat),
+            (
+                "qdisk",
+                "raw:nbd:unix:/run/s",
+                ParamsError::BadServer("write nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH"),
+            ),
+            (
+                "qdisk",
+                "qcow2:nbds://h/x",
+                ParamsError::BadServer(
+                    "TLS (nbds) is not supported: use a socket, or a network that is trusted",
+                ),
+            ),
             ("qdisk", "iso:/a", ParamsError::UnknownFormat("iso".into())),
             ("qdisk", "RAW:/a", ParamsError::UnknownFormat("RAW".into())),
             ("qdisk", ":/a", ParamsError::UnknownFormat(String::new())),
@@ -237,8 +295,24 @@ mod tests {
     #[test]
     fn whatever_is_written_the_answer_is_bounded_and_a_path_is_absolute() {
         let pieces = [
-            "raw", "aio", "tap", "tap2", "tapdisk", "phy", "file", "vhd", ":", "/", "..", "a", "\u{7}", "é",
+            "raw",
+            "aio",
+            "tap",
+            "tap2",
+            "tapdisk",
+            "phy",
+            "file",
+            "vhd",
+            ":",
+            "/",
+            "..",
+            "a",
+            "\u{7}",
+            "é",
             ",",
+            "nbd://",
+            "nbd+unix:///",
+            "?socket=",
         ];
         let mut seed = 1u64;
         for _ in 0..20_000 {
@@ -250,7 +324,8 @@ mod tests {
             for device_type in ["phy", "qdisk", ""] {
                 match parse(device_type, &text) {
                     Ok(image) => {
-                        assert!(image.path.starts_with('/') && !image.path.split('/').any(|p| p == ".."));
+                        let local = image.path.starts_with('/') && !image.path.split('/').any(|p| p == "..");
+                        assert!(local || Address::parse(&image.path).is_ok(), "{text}");
                         assert!(text.ends_with(&image.path) || text.contains("phy:"), "{text}");
                     }
                     Err(error) => {

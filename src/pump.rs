@@ -5,26 +5,34 @@
 //! ring by ring, and at last lets events through again. Nothing here waits, and nothing allocates once the tables have
 //! grown to their working size.
 
+mod attach;
+mod chains;
 mod copies;
 mod ends;
 mod fair;
 mod mapped;
 mod memory;
+mod outside;
 mod stages;
 mod turn;
+mod works;
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
+use std::rc::Rc;
 use std::time::Duration;
 
-use rings::{Abi, BackRing, Offers, SharedPages};
+use rings::{Abi, Offers};
 
 use crate::disk::Disk;
 use crate::hypervisor::{DomainId, GrantRef, Hypervisor, HypervisorError, Port};
-use crate::journal::{Journal, JournalStore, Memory, RECORD_VERSION, RingRecord};
+use crate::journal::JournalStore;
+use crate::keep::{Journals, Kept};
 use crate::limits::REPORTS_MAX;
 use crate::queue::{Counters, FrontendMisbehaved, Queue};
 use crate::storage::{FileId, Storage};
 pub(crate) use memory::{Held, Rows};
+pub use outside::Outside;
 
 /// Names a queue of the pump.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -32,7 +40,7 @@ pub struct QueueId(u32);
 
 /// Names a disk of the pump.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct DiskId(u32);
+pub struct DiskId(pub u32);
 
 /// What the pump tells its owner.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,8 +51,10 @@ pub enum PumpEvent {
     Misbehaved(QueueId, FrontendMisbehaved),
     /// Storage failed a request of this queue: errno.
     StorageFailed(QueueId, StorageFailure),
-    /// The `sync` of a disk ended; false if the data may not be durable.
+    /// The `sync` or `close_disk` of a disk ended; false if the data may not be durable.
     Synced(DiskId, bool),
+    /// An image contradicts itself: nothing is written to it any more. Once for each disk.
+    Corrupt(DiskId, formats::Corruption),
 }
 
 /// What failed, for the log.
@@ -119,6 +129,10 @@ enum Token {
     Flush(u32),
     /// A flush that the pump's owner asked for.
     Sync(u32),
+    /// A transfer of a piece of work that a format wants done.
+    Work(u32),
+    /// A transfer, or the flush, of a request that came from no ring.
+    Outside(u32),
 }
 
 impl Token {
@@ -129,16 +143,27 @@ impl Token {
             Token::Request { queue, place } => (u64::from(queue) << 16) | u64::from(place),
             Token::Flush(disk) => (1 << 56) | (u64::from(disk) << 16),
             Token::Sync(disk) => (2 << 56) | (u64::from(disk) << 16),
+            Token::Work(number) => (3 << 56) | (u64::from(number) << 16),
+            Token::Outside(place) => (4 << 56) | (u64::from(place) << 16),
         }
     }
 
-    /// A transfer of 512 bytes to 128 KiB, with its length in sectors less one.
+    /// A request's transfer of 512 bytes to 128 KiB, with its length in sectors less one.
     fn of_transfer(queue: u32, place: u16, length_bytes: u32) -> u64 {
-        let sectors = u64::from(length_bytes / 512).saturating_sub(1) & 0xFF;
-        Token::Request { queue, place }.encode() | (sectors << 48)
+        Token::Request { queue, place }.with_length(length_bytes)
     }
 
-    /// The length that [`Token::of_transfer`] was given, in bytes.
+    /// The same of a piece of work.
+    fn of_work(number: u32, length_bytes: u32) -> u64 {
+        Token::Work(number).with_length(length_bytes)
+    }
+
+    fn with_length(self, length_bytes: u32) -> u64 {
+        let sectors = u64::from(length_bytes / 512).saturating_sub(1) & 0xFF;
+        self.encode() | (sectors << 48)
+    }
+
+    /// The length that a transfer's token was given, in bytes.
     fn transfer_bytes(token: u64) -> u32 {
         (u32::from(token.to_be_bytes()[1]) + 1) * 512
     }
@@ -149,6 +174,8 @@ impl Token {
             0 => Some(Token::Request { queue: number, place: u16::try_from(token & 0xFFFF).ok()? }),
             1 => Some(Token::Flush(number)),
             2 => Some(Token::Sync(number)),
+            3 => Some(Token::Work(number)),
+            4 => Some(Token::Outside(number)),
             _ => None,
         }
     }
@@ -160,12 +187,14 @@ pub struct Pump<H, S> {
     pub hypervisor: H,
     /// The storage.
     pub storage: S,
-    journals: Box<dyn JournalStore>,
+    journals: Journals,
     /// A ring without a journal was left with everything answered: the administrator says so.
     assume_clean: bool,
     queues: Vec<Option<Queue>>,
     names: Vec<String>,
     disks: Vec<Option<Disk>>,
+    chains: chains::Chains,
+    outside: outside::Outsiders,
     by_port: BTreeMap<Port, u32>,
     /// Queues whose ring should be looked at.
     ready: VecDeque<u32>,
@@ -192,7 +221,10 @@ pub struct Pump<H, S> {
 impl<H: Hypervisor, S: Storage> Pump<H, S> {
     /// A data path without queues.
     #[must_use]
-    pub fn new(hypervisor: H, storage: S, journals: Box<dyn JournalStore>) -> Pump<H, S> {
+    pub fn new(hypervisor: H, mut storage: S, journals: Box<dyn JournalStore>) -> Pump<H, S> {
+        let journals: Journals = Rc::new(RefCell::new(journals));
+        let kept = Kept::new(Rc::clone(&journals));
+        storage.set_left(kept.left());
         Pump {
             hypervisor,
             storage,
@@ -201,6 +233,8 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             queues: Vec::new(),
             names: Vec::new(),
             disks: Vec::new(),
+            chains: chains::Chains::new(kept),
+            outside: outside::Outsiders::default(),
             by_port: BTreeMap::new(),
             ready: VecDeque::new(),
             delayed: Vec::new(),
@@ -230,19 +264,22 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
     }
 
     /// Says what the frontend that is about to connect was offered, and whether it needs its answers in order. For the
-    /// queues that are attached from now on.
-    pub fn set_terms(&mut self, disk: DiskId, offers: Offers, in_order: bool) {
+    /// queues that are attached from now on. And whether writes of nothing but zeroes are to take no space, where the image has
+    /// a format.
+    pub fn set_terms(&mut self, disk: DiskId, offers: Offers, in_order: bool, detect_zeroes: bool) {
         if let Some(disk) = self.disk(disk.0) {
             (disk.offers, disk.in_order) = (offers, in_order);
+            disk.detect_zeroes = detect_zeroes && disk.is_chain;
         }
     }
 
     /// Removes a disk that no queue uses, and closes its image.
     pub fn remove_disk(&mut self, disk: DiskId) {
-        if let Some(disk) = self.disks.get_mut(disk.0 as usize).and_then(Option::take)
-            && disk.file != FileId::NONE
+        if let Some(open) = self.disks.get_mut(disk.0 as usize).and_then(Option::take)
+            && !self.remove_chain(disk.0)
+            && open.file != FileId::NONE
         {
-            self.storage.close(disk.file);
+            self.storage.close(open.file);
         }
     }
 
@@ -259,81 +296,6 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             open.flush_begins(Token::Sync(disk.0).encode());
             self.scratch.look_at(disk.0);
         }
-    }
-
-    /// Maps a ring, binds its event channel and starts to serve it from `disk`.
-    ///
-    /// # Errors
-    /// When the guest's references or port do not hold, or the hypervisor fails; nothing stays mapped or bound.
-    pub fn attach(&mut self, disk: DiskId, plan: &RingPlan) -> Result<QueueId, AttachError> {
-        let mapping = self.hypervisor.map(plan.domain, &plan.grants).map_err(AttachError::Hypervisor)?;
-        let port = match self.hypervisor.bind(plan.domain, plan.remote_port) {
-            Ok(port) => port,
-            Err(error) => {
-                self.hypervisor.unmap(mapping);
-                return Err(AttachError::Hypervisor(error));
-            }
-        };
-        // SAFETY: the mapping is as long as `grants` says, stays until `detach` or `abort` drops the ring first, and is
-        // not touched but through it.
-        let shared = unsafe { SharedPages::new(mapping.address, plan.grants.len()) };
-        let entries = shared.entries(plan.abi);
-        let record = RingRecord {
-            version: RECORD_VERSION,
-            domain: plan.domain,
-            protocol: plan.abi.protocol().to_owned(),
-            grants: plan.grants.clone(),
-            remote_port: plan.remote_port,
-        };
-        let memory = self.journals.open(&plan.journal, Memory::needed_bytes(entries));
-        let produced = BackRing::responses_produced(&shared);
-        let inherited = match memory {
-            Some(memory) if plan.resume => Journal::inherit(memory, entries, &record, produced),
-            _ => None,
-        };
-        let (journal, owed) = match inherited {
-            Some((journal, owed)) => (Some(journal), owed),
-            None if plan.resume && !self.assume_clean && !BackRing::is_idle(&shared) => {
-                if let Some(memory) = memory {
-                    self.journals.close(&plan.journal, memory, false);
-                }
-                self.hypervisor.unbind(port);
-                self.hypervisor.unmap(mapping);
-                return Err(AttachError::Unrecorded);
-            }
-            None => {
-                let created = memory.and_then(|memory| Journal::create(memory, entries, &record, produced));
-                if let (None, Some(memory)) = (&created, memory) {
-                    self.journals.close(&plan.journal, memory, true);
-                }
-                (created, Vec::new())
-            }
-        };
-        // A fresh ring has answered nothing, so this is where it starts too; and a frontend that does not wait for state
-        // 4 may have been served by a predecessor that died before it wrote it.
-        let ring = BackRing::resume(shared, plan.abi, u32::try_from(owed.len()).unwrap_or(0));
-        let guest = (plan.domain, self.guests.join(plan.domain));
-        let device = self.disk(disk.0).map_or(0, |disk| disk.device);
-        let flow = self.fair.join(guest.1, device);
-        let in_order = self.disk(disk.0).is_some_and(|disk| disk.in_order);
-        let mut queue = Queue::new(disk.0, guest, port, ring, mapping, journal, in_order);
-        queue.flow = flow;
-        let inherited = queue.inherit(&owed, plan.abi);
-        let id = place_in(&mut self.queues, queue);
-        self.names.resize(self.queues.len(), String::new());
-        if let Some(name) = self.names.get_mut(id as usize) {
-            name.clone_from(&plan.journal);
-        }
-        self.by_port.insert(port, id);
-        for (place, slot) in inherited {
-            self.admit(id, place, &slot);
-        }
-        if plan.resume {
-            // The predecessor may have died between publishing answers and announcing them.
-            self.hypervisor.notify(port);
-        }
-        self.list(id);
-        Ok(QueueId(id))
     }
 
     /// The next thing that the owner should know.
@@ -357,12 +319,14 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
     /// pump since.
     #[must_use]
     pub fn has_work(&self) -> bool {
-        !self.ready.is_empty() || self.scratch.has_flushes() || self.scratch.copies.wait()
+        let has_chains = self.chains.has_work() || self.scratch.asked;
+        !self.ready.is_empty() || self.scratch.has_flushes() || self.scratch.copies.wait() || has_chains
     }
 
     /// Gives the memory of past load back, tables and data. Meant for moments without load.
     pub fn trim(&mut self) {
         self.queues.iter_mut().flatten().for_each(Queue::trim);
+        self.chains.works.trim();
         self.storage.trim();
     }
 
@@ -370,7 +334,8 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
     /// those behind the first in line for memory may pass.
     #[must_use]
     pub fn deadline(&self) -> Option<Duration> {
-        self.delayed.iter().map(|(deadline, _)| *deadline).chain(self.line_deadline()).min()
+        let delays = self.delayed.iter().map(|(deadline, _)| *deadline);
+        delays.chain(self.line_deadline()).chain(self.chains.deadline()).min()
     }
 
     fn queue(&mut self, id: u32) -> Option<&mut Queue> {
@@ -394,7 +359,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
     /// Files an event for the owner. What a guest can cause at will is dropped when the owner is behind; what the owner
     /// waits for is not.
     fn report(&mut self, event: PumpEvent) {
-        let owed = matches!(event, PumpEvent::Drained(_) | PumpEvent::Synced(..));
+        let owed = matches!(event, PumpEvent::Drained(_) | PumpEvent::Synced(..) | PumpEvent::Corrupt(..));
         if owed || self.events.len() < REPORTS_MAX {
             self.events.push_back(event);
         }
@@ -408,6 +373,11 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             self.touched.push(id);
         }
     }
+}
+
+/// What a request is about.
+fn extent_of(request: &rings::Request) -> formats::Extent {
+    formats::Extent { sector: request.sector, sectors: request.sectors }
 }
 
 /// Puts `value` into the first empty place.

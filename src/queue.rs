@@ -45,6 +45,8 @@ pub(crate) struct InFlight {
     pub(crate) held: Held,
     pub(crate) stage: Stage,
     pub(crate) epoch: Option<Epoch>,
+    /// Of what is copied straight to or from an image with a format: what that is to be told afterwards.
+    pub(crate) in_place: Option<formats::WorkId>,
     /// Transfers that storage has not answered.
     pub(crate) transfers: u16,
     /// The first error that one of them met.
@@ -309,7 +311,8 @@ impl Queue {
         }
         if let Some(entry) = self.in_flight.get_mut(usize::from(place)) {
             let (held, epoch) = (Held::NONE, None);
-            *entry = Some(InFlight { request, held, stage, epoch, transfers: 0, error: None });
+            let one = InFlight { request, held, stage, epoch, in_place: None, transfers: 0, error: None };
+            *entry = Some(one);
         }
     }
 

@@ -100,12 +100,28 @@ impl Reactor {
     /// # Errors
     /// When the kernel refuses.
     pub fn modify(&mut self, fd: BorrowedFd<'_>, key: usize, writable: bool) -> Result<(), Error> {
+        self.set_interest(fd, key, true, writable)
+    }
+
+    /// Changes what is of interest. That the other side is gone is told in any case.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn set_interest(
+        &mut self,
+        fd: BorrowedFd<'_>,
+        key: usize,
+        readable: bool,
+        writable: bool,
+    ) -> Result<(), Error> {
         let result = match &self.poll {
             Poll::Polling(poller, _) => {
-                poller.modify_with_mode(fd, Event::new(key, true, writable), PollMode::Level)
+                poller.modify_with_mode(fd, Event::new(key, readable, writable), PollMode::Level)
             }
             Poll::Epoll(epoll, _) => {
-                epoll::modify(epoll, fd, data(key), interest(writable)).map_err(std::io::Error::from)
+                let mut flags = interest(writable);
+                flags.set(epoll::EventFlags::IN, readable);
+                epoll::modify(epoll, fd, data(key), flags).map_err(std::io::Error::from)
             }
         };
         result.map_err(|error| not_polled(fd, &error))
@@ -205,6 +221,9 @@ mod tests {
             reactor.wait(None, &mut ready);
             let both = Ready { key: 8, readable: true, writable: true };
             assert_eq!(std::mem::take(&mut ready), [both], "{waiting:?}");
+            reactor.set_interest(far.as_fd(), 8, false, false).unwrap();
+            reactor.wait(Some(Duration::ZERO), &mut ready);
+            assert!(ready.is_empty(), "{waiting:?}: nothing is of interest");
             drop(near);
             reactor.modify(far.as_fd(), 8, false).unwrap();
             reactor.wait(None, &mut ready);

@@ -11,6 +11,8 @@ pub mod linux;
 pub mod uring;
 
 mod calls;
+mod chained;
+mod changes;
 mod discards;
 mod files;
 mod hazards;
@@ -18,12 +20,15 @@ mod legs;
 mod maps;
 mod medium;
 mod merge;
+mod remote;
 mod requests;
 mod slots;
-
 mod workers;
+mod zeroes;
 
 use crate::buffers::{Pool, Span};
+use crate::keep::Left;
+use crate::params::Image;
 
 /// An open image file or block device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -60,6 +65,22 @@ pub enum Identity {
         /// `st_rdev`.
         number: u64,
     },
+    /// An export of a server: a number made of their names. One that goes by two names counts as two.
+    Remote {
+        /// That number.
+        number: u64,
+    },
+}
+
+impl Identity {
+    /// The device that does the work, as far as can be told: requests to the same one share what it can do.
+    #[must_use]
+    pub fn device(&self) -> u64 {
+        match *self {
+            Identity::File { device, .. } => device,
+            Identity::Device { number } | Identity::Remote { number } => number,
+        }
+    }
 }
 
 /// The units in which a medium lets content go.
@@ -96,7 +117,7 @@ pub struct Opened {
     pub file: FileId,
     /// Which file it really is.
     pub identity: Identity,
-    /// Size in bytes at the time of opening.
+    /// Size in bytes at the time of opening: of a raw image the file's, else the disk's.
     pub size_bytes: u64,
     /// The medium's physical block in bytes (512 or 4096 as a rule): what `physical-sector-size` should say.
     pub physical_block_bytes: u32,
@@ -109,12 +130,24 @@ pub struct Opened {
     pub locked: bool,
 }
 
+/// One image of an open chain.
+#[derive(Debug)]
+pub struct Layer {
+    /// Its file.
+    pub file: FileId,
+    /// Which file that really is.
+    pub identity: Identity,
+    /// How to read it.
+    pub format: Box<dyn formats::Format>,
+}
+
 /// What is to be done with bytes of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IoKind {
     /// Fill the span from the file. Bytes past the end of the file read as zero.
     Read,
-    /// Write the span to the file. Never extends a regular file past the size it had when opened, rounded up to 512.
+    /// Write the span to the file. Never extends it: a regular file ends where it did when it was opened, or where
+    /// [`IoKind::SetLength`] has put its end since, rounded up to 512.
     Write,
     /// Make durable what was written before: `fdatasync`.
     Flush,
@@ -124,6 +157,16 @@ pub enum IoKind {
         /// How much, in bytes.
         length_bytes: u64,
     },
+    /// The range reads as zero afterwards, every sector of it, whatever the units of the medium are; never past the end of
+    /// the file. To a crash it is like a write of zeroes: each sector is old or zero until a flush.
+    Zero {
+        /// How much, in bytes.
+        length_bytes: u64,
+    },
+    /// The file ends at `offset_bytes` afterwards: what is new of it reads as zero, and what lay behind is gone. Durable
+    /// with the next flush. A block device has the length that it has: `ENOSPC` for more of it, and nothing to do for less.
+    /// Transfers in flight must not reach past the new end.
+    SetLength,
 }
 
 /// One transfer. `token` comes back in the [`Done`].
@@ -137,8 +180,19 @@ pub struct Io {
     pub kind: IoKind,
     /// Where in the file; a multiple of 512.
     pub offset_bytes: u64,
-    /// The memory, a multiple of 512 long; empty for a flush and for a discard.
+    /// The memory, a multiple of 512 long; empty for what moves nothing.
     pub span: Span,
+}
+
+impl Io {
+    /// How much of the file it is about, in bytes.
+    #[must_use]
+    pub fn length_bytes(&self) -> u64 {
+        match self.kind {
+            IoKind::Discard { length_bytes } | IoKind::Zero { length_bytes } => length_bytes,
+            _ => self.span.length_bytes().into(),
+        }
+    }
 }
 
 /// Why a transfer or an open failed.
@@ -184,8 +238,22 @@ impl std::fmt::Display for OpenError {
 
 /// What the backend needs of storage. One owner, one thread, no blocking call.
 pub trait Storage {
-    /// Starts to open `path` (absolute). The answer comes from [`Storage::opened`] under `token`.
-    fn open(&mut self, token: u64, path: &str, access: Access);
+    /// Starts to open an image, with its parents if it has a format. The answer comes from [`Storage::opened`] under
+    /// `token`.
+    fn open_image(&mut self, token: u64, image: &Image, access: Access);
+
+    /// Hands over what killed processes had changed of images and not written: it is written when such an image is opened for
+    /// writing.
+    fn set_left(&mut self, left: Left);
+
+    /// Takes the layers of an image that was opened and has a format, leaf first: the leaf's file is the one that was
+    /// opened. Each file is to be closed by itself then. `None` for a raw image, and the second time.
+    fn layers(&mut self, file: FileId) -> Option<Vec<Layer>>;
+
+    /// Starts to open a raw image at `path` (absolute).
+    fn open(&mut self, token: u64, path: &str, access: Access) {
+        self.open_image(token, &Image { format: crate::params::Format::Raw, path: path.into() }, access);
+    }
 
     /// Takes one finished open, if there is one.
     fn opened(&mut self) -> Option<(u64, Result<Opened, OpenError>)>;

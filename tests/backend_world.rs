@@ -259,10 +259,11 @@ fn ten_stops_and_ten_deaths_under_io_are_only_pauses() {
 #[test]
 fn what_cannot_be_served_says_why_and_harms_nobody() {
     type Changes = &'static [(&'static str, Option<&'static str>)];
-    let table: [(&str, Changes, &str); 10] = [
+    let table: [(&str, Changes, &str); 11] = [
         ("/images/none", &[], "does not exist"),
         ("", &[], "params is empty"),
-        ("qcow2:/images/1", &[], "qcow2 is not supported"),
+        ("qcow2:/images/1", &[], "no QCOW2 magic"),
+        ("qcow:/images/1", &[], "qcow is not supported"),
         ("cow:/images/1", &[], "unknown format"),
         ("images/1", &[], "not an absolute path"),
         ("/images/../etc/shadow", &[], "has a \"..\""),

@@ -29,7 +29,7 @@ fn events_that_come_behind_their_request_delay_nothing() {
     let mut front = FrontRing::create(pages, Abi::X86_64);
     let image = shared.media.borrow_mut().create("/images/0", 100, false);
     let mut storage = SimStorage::new(shared.clone(), 1 << 20);
-    let file = storage.open_image(image);
+    let file = storage.open_number(image);
     let mut pump = Pump::new(SimXen(shared.clone()), storage, Box::new(SimJournals(shared.clone())));
     let disk = pump.add_disk(&DiskPlan::new(file, 100, false));
     let plan = RingPlan {

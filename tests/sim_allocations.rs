@@ -12,8 +12,10 @@ use rings::{Abi, FrontRing, Offers, Segment, SharedPages};
 use vbdd::buffers::Pool;
 use vbdd::hypervisor::{CopySegment, DomainId, GrantRef, Hypervisor, HypervisorError, Port, RingMapping};
 use vbdd::journal::{JournalStore, Memory};
+use vbdd::keep::Left;
+use vbdd::params::Image;
 use vbdd::pump::{DiskPlan, Pump, RingPlan};
-use vbdd::storage::{Access, Done, FileId, Io, OpenError, Opened, Storage};
+use vbdd::storage::{Access, Done, FileId, Io, Layer, OpenError, Opened, Storage};
 use world::memory::GuestMemory;
 
 /// One guest, all of whose grants are good, with a port that always has an event.
@@ -46,7 +48,11 @@ struct Inline {
 }
 
 impl Storage for Inline {
-    fn open(&mut self, _: u64, _: &str, _: Access) {}
+    fn open_image(&mut self, _: u64, _: &Image, _: Access) {}
+    fn set_left(&mut self, _: Left) {}
+    fn layers(&mut self, _: FileId) -> Option<Vec<Layer>> {
+        None
+    }
     fn opened(&mut self) -> Option<(u64, Result<Opened, OpenError>)> {
         None
     }

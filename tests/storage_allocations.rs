@@ -6,8 +6,10 @@ mod storage_support;
 
 use std::time::Duration;
 
-use storage_support::{Dice, Rig, in_memory, on_disk, options};
+use storage_support::servers::Server;
+use storage_support::{Dice, Directory, Rig, in_memory, on_disk, options};
 use vbdd::buffers::Span;
+use vbdd::nbd::client::Allowed;
 use vbdd::storage::engine::EngineChoice;
 use vbdd::storage::linux::{Alignment, Options};
 use vbdd::storage::{Access, FileId, Io, IoKind, Storage};
@@ -88,4 +90,16 @@ fn nothing_is_allocated_for_a_request() {
             assert_eq!(count, 0, "{engine:?}, {case}: allocations for 4000 requests");
         }
     }
+    let directory = Directory::new("/tmp", "allocations");
+    let server = Server::nbdkit(&directory, &["memory", "1M"]);
+    let servers = vec![Allowed::Sockets(directory.0.clone())];
+    let mut rig = Rig::new(&Options { servers, ..options(&directory.0, EngineChoice::Auto) });
+    let file = rig.open(&server.uri(), Access::ReadWrite).unwrap().file;
+    let mut dice = Dice(7);
+    // The writes that are kept until a flush covers them take what they take soon.
+    load(&mut rig, file, 20_000, true, &mut dice);
+    let before = ALLOCATIONS.load(Ordering::Relaxed);
+    load(&mut rig, file, 4000, true, &mut dice);
+    let count = ALLOCATIONS.load(Ordering::Relaxed) - before;
+    assert!(count <= 2, "on a server: {count} allocations for 4000 requests");
 }

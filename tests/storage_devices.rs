@@ -74,6 +74,23 @@ fn blocks_of_4096_and_of_512() {
             // A loop device's discard is a hole in its file, which reads as zeroes.
             shadow[usize::try_from(from).unwrap()..usize::try_from(to).unwrap()].fill(0);
             assert!(rig.read(opened.file, 0, 1 << 20).unwrap() == shadow, "{unit:?}");
+            rig.write(opened.file, 0, &vec![0x44; 1 << 20]).unwrap();
+            shadow.fill(0x44);
+            for (offset, length) in [(512, 512), (8192 + 512, 65536 + 1024), (200 << 10, 600 << 10)] {
+                let kind = IoKind::Zero { length_bytes: length };
+                let token = rig.queue(opened.file, kind, offset, Span::EMPTY);
+                rig.finish(token).unwrap();
+                shadow[usize::try_from(offset).unwrap()..usize::try_from(offset + length).unwrap()].fill(0);
+                assert!(rig.read(opened.file, 0, 1 << 20).unwrap() == shadow, "{offset} {length}");
+            }
+            // A device has the length that it has.
+            for (length, result) in
+                [(1 << 20, Ok(())), (1 << 19, Ok(())), ((1 << 20) + 512, Err(StorageError::Os(libc::ENOSPC)))]
+            {
+                let token = rig.queue(opened.file, IoKind::SetLength, length, Span::EMPTY);
+                assert_eq!(rig.finish(token), result, "{length}");
+            }
+            assert!(rig.read(opened.file, 0, 1 << 20).unwrap() == shadow);
         }
     }
 }

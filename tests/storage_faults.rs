@@ -168,6 +168,43 @@ fn a_read_modify_write_that_fails_lets_the_next_one_go() {
 }
 
 #[test]
+fn zeroes_that_cannot_be_written_are_an_error_and_harm_nothing_else() {
+    for block in [512, 4096] {
+        let mut f = faults("zeroes", block);
+        // Short ones are written.
+        for (offset, length_bytes) in [(512, 1024), (0, 65536), (512, 65536 - 512)] {
+            let kind = IoKind::Zero { length_bytes };
+            for errno in [libc::ENOSPC, libc::EIO] {
+                f.fail_next(Action::Write, errno);
+                let token = f.rig.queue(f.file, kind, offset, Span::EMPTY);
+                assert_eq!(f.rig.finish(token), os(errno), "{block} {offset}");
+            }
+            let token = f.rig.queue(f.file, kind, offset, Span::EMPTY);
+            f.rig.finish(token).unwrap();
+            let from = usize::try_from(offset).unwrap();
+            let bytes = std::fs::read(&f.path).unwrap();
+            assert!(bytes[from..from + usize::try_from(length_bytes).unwrap()].iter().all(|byte| *byte == 0));
+        }
+        let token = f.rig.queue(f.file, IoKind::SetLength, 512 << 10, Span::EMPTY);
+        f.rig.finish(token).unwrap();
+        f.rig.write(f.file, 128 << 10, &vec![5; 256 << 10]).unwrap();
+        // The first ragged end fails, then the last: what lies between is zeroed by a call, and need not be seen.
+        let (offset, length_bytes) = ((128 << 10) + 512, (200 << 10) + 512);
+        f.fail_next(Action::Write, libc::ENOSPC);
+        let token = f.rig.queue(f.file, IoKind::Zero { length_bytes }, offset, Span::EMPTY);
+        assert_eq!(f.rig.finish(token), os(libc::ENOSPC));
+        assert_eq!(f.rig.read(f.file, 128 << 10, 256 << 10).unwrap(), vec![5; 256 << 10]);
+        let token = f.rig.queue(f.file, IoKind::Zero { length_bytes }, offset, Span::EMPTY);
+        f.rig.finish(token).unwrap();
+        let got = f.rig.read(f.file, 128 << 10, 256 << 10).unwrap();
+        let end = 512 + usize::try_from(length_bytes).unwrap();
+        assert!(got[512..end].iter().all(|byte| *byte == 0));
+        assert!(got[..512].iter().chain(&got[end..]).all(|byte| *byte == 5));
+        assert_eq!(f.rig.storage.in_flight(), 0);
+    }
+}
+
+#[test]
 fn a_file_closed_early_stays_until_its_requests_are_done() {
     let mut f = faults("early", 512);
     f.plan.borrow_mut().late = 90;

@@ -3,31 +3,9 @@
 
 mod storage_support;
 
-use storage_support::{Directory, Rig, in_memory, on_disk, options};
+use storage_support::{everywhere, pattern};
 use vbdd::buffers::Span;
-use vbdd::storage::engine::EngineChoice;
 use vbdd::storage::{Access, IoKind, Storage, StorageError};
-
-const ENGINES: [EngineChoice; 2] = [EngineChoice::Uring, EngineChoice::Aio];
-
-/// Every way a file can be served: both engines, past and through the page cache, and in memory.
-fn everywhere(name: &str, mut test: impl FnMut(&mut Rig, &Directory, &str)) {
-    for engine in ENGINES {
-        for direct in [true, false] {
-            let directory = on_disk(name);
-            let mut rig =
-                Rig::new(&vbdd::storage::linux::Options { direct, ..options(&directory.0, engine) });
-            test(&mut rig, &directory, &format!("{engine:?}, direct {direct}"));
-        }
-        let directory = in_memory(name);
-        let mut rig = Rig::new(&options(&directory.0, engine));
-        test(&mut rig, &directory, &format!("{engine:?}, in memory"));
-    }
-}
-
-fn pattern(length: usize, seed: usize) -> Vec<u8> {
-    (0..length).map(|at| u8::try_from((at / 7 + at * seed + seed) % 251).unwrap()).collect()
-}
 
 #[test]
 fn what_is_written_is_read_and_on_disk() {

@@ -1,4 +1,4 @@
-//! Random reads, writes and flushes, many at a time, against a shadow in memory. What a sector holds is unknown after two
+//! Random reads, writes, ranges of zeroes and flushes, many at a time, against a shadow in memory. What a sector holds is unknown after two
 //! writes of it at a time (a disk promises nothing then), but the other sectors of their blocks are known: so a lost
 //! update of a read-modify-write shows.
 #![allow(missing_docs, clippy::unwrap_used)]
@@ -120,13 +120,22 @@ impl World {
         let whole = self.rig.alloc(sectors * 512 + skip);
         let part = whole.part(u32::try_from(skip).unwrap(), u32::try_from(sectors * 512).unwrap()).unwrap();
         let mut bytes = vec![0xcc; sectors * 512];
-        if kind == IoKind::Write {
+        let zeroes = kind == IoKind::Write && !pages && self.roll(5) == 0;
+        if zeroes {
+            bytes.fill(0);
+        } else if kind == IoKind::Write {
             for chunk in bytes.chunks_mut(8) {
                 chunk.copy_from_slice(&self.dice.next().to_le_bytes());
             }
         }
         self.rig.storage.buffers().copy_in(part, &bytes);
-        let token = self.rig.queue(self.file, kind, from as u64 * 512, part);
+        let offset = from as u64 * 512;
+        let token = if zeroes {
+            let kind = IoKind::Zero { length_bytes: sectors as u64 * 512 };
+            self.rig.queue(self.file, kind, offset, Span::EMPTY)
+        } else {
+            self.rig.queue(self.file, kind, offset, part)
+        };
         self.flights.push(Flight { token, kind, from, sectors, whole, part, bytes, shared });
         true
     }
@@ -232,7 +241,7 @@ fn run(
     let path = directory.file("image", &image);
     let errno = (plan.fail > 0).then_some(plan.errno);
     let plan = Rc::new(RefCell::new(plan));
-    let engine = Faulty::new(inner(choice), &plan, seed ^ 2);
+    let engine = Faulty::new(inner(choice), &plan, (seed ^ 2).max(1));
     let options = Options { alignment: least, ..options(&directory.0, choice) };
     let mut rig = Rig::with_engine(&options, Box::new(engine));
     let opened = rig.open(&path, Access::ReadWrite).unwrap();

@@ -10,12 +10,14 @@ use std::rc::Rc;
 
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::mm::{MapFlags, ProtFlags};
-use vbdd::buffers::Pool;
+use vbdd::buffers::{Pool, Span};
 use vbdd::hypervisor::{
     CopyDirection, CopySegment, DomainId, GrantRef, Hypervisor, HypervisorError, Port, RingMapping,
 };
+use vbdd::keep::Left;
+use vbdd::params::Image;
 use vbdd::storage::linux::LinuxStorage;
-use vbdd::storage::{Access, Done, FileId, Io, OpenError, Opened, Storage};
+use vbdd::storage::{Access, Done, FileId, Io, IoKind, Layer, OpenError, Opened, Storage};
 
 use crate::measure::{Call, Clock, Stage};
 
@@ -195,19 +197,29 @@ pub(crate) struct Timed {
     pub(crate) inner: LinuxStorage,
     /// Files are in memory: each transfer is one system call, made in `queue`.
     pub(crate) in_memory: bool,
+    /// Files in memory are copied to and from without a call.
+    pub(crate) straight: bool,
     pushed: u64,
     clock: Rc<Clock>,
 }
 
 impl Timed {
     pub(crate) fn new(inner: LinuxStorage, clock: Rc<Clock>) -> Timed {
-        Timed { inner, in_memory: false, pushed: 0, clock }
+        Timed { inner, in_memory: false, straight: false, pushed: 0, clock }
     }
 }
 
 impl Storage for Timed {
-    fn open(&mut self, token: u64, path: &str, access: Access) {
-        self.inner.open(token, path, access);
+    fn open_image(&mut self, token: u64, image: &Image, access: Access) {
+        self.inner.open_image(token, image, access);
+    }
+
+    fn set_left(&mut self, left: Left) {
+        self.inner.set_left(left);
+    }
+
+    fn layers(&mut self, file: FileId) -> Option<Vec<Layer>> {
+        self.inner.layers(file)
     }
 
     fn opened(&mut self) -> Option<(u64, Result<Opened, OpenError>)> {
@@ -220,6 +232,14 @@ impl Storage for Timed {
 
     fn buffers(&mut self) -> &mut Pool {
         self.inner.buffers()
+    }
+
+    fn direct(&mut self, file: FileId, kind: IoKind, offset_bytes: u64, length_bytes: u32) -> Option<Span> {
+        if self.straight { self.inner.direct(file, kind, offset_bytes, length_bytes) } else { None }
+    }
+
+    fn takes_pages(&mut self, file: FileId) -> bool {
+        self.straight && self.inner.takes_pages(file)
     }
 
     fn queue(&mut self, io: Io) {

@@ -1,8 +1,8 @@
 //! The way of a request, measured: simulated guests in this process, the real pump, reactor, journal and storage.
 //!
-//! `request_path [--file PATH] [--write] [--sequential] [--depth N] [--disks N] [--requests N] [--block BYTES] [--engine E]
+//! `request_path [--file PATH] [--format raw|qcow2|vhd] [--straight] [--write] [--sequential] [--depth N] [--disks N] [--requests N] [--block BYTES] [--engine E]
 //! [--wait polling|epoll] [--stages] [--idle SECONDS]` prints one line of `name=value` pairs, then tables if asked for.
-//! The file must exist and is OVERWRITTEN by `--write`.
+//! `--straight` copies straight to and from files in memory, as a real hypervisor does. The file must exist and is OVERWRITTEN by `--write`.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 #[path = "../../tests/counting/mod.rs"]
@@ -21,6 +21,7 @@ use machine::{GuestMemory, LocalHypervisor, Timed};
 use measure::{CALLS, Call, Clock, Stage};
 use rings::{Abi, Offers};
 use vbdd::journal::JournalDirectory;
+use vbdd::params::{Format, Image};
 use vbdd::pump::{DiskPlan, Pump, RingPlan};
 use vbdd::reactor::{Reactor, Ready, Waiting};
 use vbdd::storage::engine::EngineChoice;
@@ -33,6 +34,8 @@ const STORAGE: usize = 2;
 
 struct Plan {
     file: PathBuf,
+    format: Format,
+    straight: bool,
     disks: usize,
     depth: u32,
     requests: u64,
@@ -49,6 +52,8 @@ fn parse() -> Result<Plan, lexopt::Error> {
     use lexopt::prelude::*;
     let mut plan = Plan {
         file: PathBuf::new(),
+        format: Format::Raw,
+        straight: false,
         disks: 1,
         depth: 32,
         requests: 100_000,
@@ -64,6 +69,11 @@ fn parse() -> Result<Plan, lexopt::Error> {
     while let Some(argument) = arguments.next()? {
         match argument {
             Long("file") => plan.file = arguments.value()?.into(),
+            Long("format") => {
+                let name = arguments.value()?.string()?;
+                plan.format = Format::of_name(&name).ok_or("--format: raw, qcow2 or vhd")?;
+            }
+            Long("straight") => plan.straight = true,
             Long("disks") => plan.disks = arguments.value()?.parse()?,
             Long("depth") => plan.depth = arguments.value()?.parse()?,
             Long("requests") => plan.requests = arguments.value()?.parse()?,
@@ -111,7 +121,8 @@ impl Process {
         let options = Options { engine: plan.engine, roots: vec![root.to_path_buf()], ..Options::default() };
         let mut storage = Timed::new(LinuxStorage::new(&options)?, Rc::clone(&clock));
         let access = if plan.write { Access::ReadWrite } else { Access::ReadOnly };
-        let opened = open(&mut storage, &plan.file, access)?;
+        storage.straight = plan.straight;
+        let opened = open(&mut storage, plan, access)?;
         storage.in_memory = !opened.direct && plan.file.starts_with("/dev/shm");
         let blocks = opened.size_bytes / plan.block_bytes as u64;
         if blocks < u64::from(plan.depth) {
@@ -131,10 +142,14 @@ impl Process {
         let mut pump = Pump::new(hypervisor, storage, Box::new(directory));
         let mut guests = Vec::new();
         for number in 0..plan.disks {
-            let file = if number == 0 { opened } else { open(&mut pump.storage, &plan.file, access)? };
+            let file = if number == 0 { opened } else { open(&mut pump.storage, plan, access)? };
             let offers = Offers { indirect_segments: 256, ..Offers::NONE };
             let disk = DiskPlan::new(file.file, file.size_bytes / 512, !plan.write);
-            let disk = pump.add_disk(&DiskPlan { offers, ..disk });
+            let disk = DiskPlan { offers, ..disk };
+            let disk = match pump.storage.layers(file.file) {
+                Some(layers) => pump.add_chain(&disk, layers),
+                None => pump.add_disk(&disk),
+            };
             let first = u32::try_from(number * habit.guest_pages()).map_err(text)?;
             guests.push(Guest::new(memory, first, habit).ok_or("no guest memory")?);
             let plan = RingPlan {
@@ -246,8 +261,9 @@ impl Process {
     }
 }
 
-fn open(storage: &mut Timed, path: &Path, access: Access) -> Result<Opened, String> {
-    storage.open(0, &path.to_string_lossy(), access);
+fn open(storage: &mut Timed, plan: &Plan, access: Access) -> Result<Opened, String> {
+    let image = Image { format: plan.format, path: plan.file.to_string_lossy().into_owned() };
+    storage.open_image(0, &image, access);
     loop {
         if let Some((_, result)) = storage.opened() {
             return result.map_err(text);
@@ -307,7 +323,9 @@ fn print_memory(when: &str, plan: &Plan, guest_pages: usize) {
 
 fn measure_path(plan: &Plan, journals: &Path) -> Result<(), String> {
     let (mut process, opened) = Process::open(plan, journals)?;
-    process.check(&plan.file)?;
+    if plan.format == Format::Raw {
+        process.check(&plan.file)?;
+    }
     process.serve((plan.requests / 10).max(1000));
     process.clock.reset();
     let answered = |process: &Process| process.guests.iter().map(|guest| guest.answered).sum::<u64>();

@@ -8,9 +8,11 @@
 
 mod chain;
 mod flight;
+mod in_place;
 mod payouts;
 mod requests;
 mod settle;
+pub mod status;
 
 use alloc::boxed::Box;
 use alloc::collections::VecDeque;
@@ -27,6 +29,7 @@ use payouts::Payment;
 use requests::{Active, Epochs};
 
 pub(crate) use chain::Descent;
+pub use in_place::InPlace;
 
 /// What a guest wants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +44,16 @@ pub enum Op {
     WriteZeroes,
     /// Make durable every write that was submitted before. The extent means nothing.
     Flush,
+    /// Fill the request's memory, of [`status::STATUS_BYTES`], with where data lie and where there is nothing: see [`status`].
+    Status,
+}
+
+impl Op {
+    /// Whether the disk may be another afterwards.
+    #[must_use]
+    pub fn changes(self) -> bool {
+        !matches!(self, Op::Read | Op::Flush | Op::Status)
+    }
 }
 
 /// A guest's request.
@@ -192,6 +205,8 @@ pub struct Disk {
     actives: Vec<Option<Active>>,
     free_actives: Vec<u32>,
     payments: Vec<Option<Payment>>,
+    /// How many of them there are.
+    payments_out: usize,
     flights: Flights,
     out: VecDeque<Work>,
     outcomes: VecDeque<Outcome>,
@@ -242,6 +257,7 @@ impl Disk {
             actives: (0..limits.requests).map(|_| None).collect(),
             free_actives: (0..crate::bytes::narrow(limits.requests as u64)).rev().collect(),
             payments: (0..limits.payouts).map(|_| None).collect(),
+            payments_out: 0,
             flights: Flights::new(limits.work),
             out: VecDeque::with_capacity(limits.work),
             outcomes: VecDeque::with_capacity(limits.requests),
@@ -308,7 +324,7 @@ impl Disk {
             self.outcomes.push_back(Outcome { token: request.token, result: Err(Failure::OutOfRange) });
             return true;
         }
-        let epoch = (request.op != Op::Read).then(|| self.epochs.write_begins());
+        let epoch = request.op.changes().then(|| self.epochs.write_begins());
         self.shared.users.1 += 1;
         let user = self.shared.users.1;
         if let Some(slot) = self.actives.get_mut(place as usize) {
@@ -344,6 +360,10 @@ impl Disk {
             }
             Flight::FillOut { bounce, .. } => bounce,
             Flight::Order { bytes, .. } => bytes,
+            Flight::StatusOut(at) => {
+                let active = self.actives.get(*at as usize).and_then(Option::as_ref);
+                active.map_or(&[], |active| active.status.bytes())
+            }
             Flight::CopyUnit { from, length, .. } => {
                 self.unpacker.unit.get(*from..from.saturating_add(*length)).unwrap_or_default()
             }

@@ -290,6 +290,16 @@ pub trait Format: fmt::Debug + Send {
     /// See [`Wait`].
     fn prepare(&mut self, cx: &mut Context<'_>, extent: Extent) -> Step<Prepared>;
 
+    /// Where a write of the first part of an extent lands, in bytes of the image, and of how many sectors, if nothing has to be
+    /// allocated for it; otherwise `None`: see [`Format::prepare`].
+    ///
+    /// # Errors
+    /// See [`Wait`].
+    fn in_place(&mut self, cx: &mut Context<'_>, extent: Extent) -> Step<Option<(u64, u64)>> {
+        let (_, _) = (cx, extent);
+        Ok(None)
+    }
+
     /// The data of a payout are where it said: from now on they are what reads find. The change must not reach the medium
     /// before the sync `after`.
     ///

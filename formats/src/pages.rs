@@ -5,6 +5,7 @@
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
+use core::fmt;
 
 use crate::ledger::{Stamp, Tick};
 
@@ -42,6 +43,17 @@ impl Key {
     }
 }
 
+/// Memory that outlives the process, for pages that have changed and are not in the image yet: a guest that was answered must
+/// find its data although the process was killed.
+pub trait Keeper: fmt::Debug {
+    /// What a page holds from now on. `slot` is its place in the cache: what was kept of that place before is replaced, and
+    /// whoever reads it finds either of the two whole.
+    fn keep(&mut self, slot: u32, key: &Key, bytes: &[u8]);
+
+    /// The page is in the image, or means nothing any more.
+    fn release(&mut self, slot: u32);
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     Free,
@@ -58,6 +70,10 @@ struct Slot {
     referenced: bool,
     /// Copies of it on their way to the medium: until they are there, it must not be read again.
     pins: u8,
+    /// It is in [`Pages::touched`].
+    touched: bool,
+    /// The keeper has it.
+    kept: bool,
     /// Of a dirty page: its oldest change that no copy holds.
     first: Stamp,
     /// Of a dirty page: the sync that must be over before it may be written.
@@ -99,6 +115,9 @@ pub struct Pages {
     /// Pages beyond that, when all others are dirty or being read.
     overdraft: usize,
     dirty: usize,
+    keeper: Option<Box<dyn Keeper>>,
+    /// Pages of which the keeper does not know the latest.
+    touched: Vec<u32>,
     /// What it has done so far.
     pub counters: PageCounters,
 }
@@ -125,6 +144,8 @@ impl Pages {
             pages_max,
             overdraft: 0,
             dirty: 0,
+            keeper: None,
+            touched: Vec::new(),
             counters: PageCounters::default(),
         }
     }
@@ -133,6 +154,44 @@ impl Pages {
     #[must_use]
     pub fn capacity(&self) -> usize {
         self.pages_max
+    }
+
+    /// From now on pages that change are kept by `keeper` until they are in the image. Before the first disk.
+    pub fn set_keeper(&mut self, keeper: Box<dyn Keeper>) {
+        self.keeper = Some(keeper);
+    }
+
+    /// Tells nobody of changed pages any more. Before the first change.
+    pub fn forget_keeper(&mut self) {
+        self.keeper = None;
+    }
+
+    fn touch(&mut self, at: u32) {
+        if self.keeper.is_none() {
+            return;
+        }
+        if let Some(slot) = self.slots.get_mut(at as usize)
+            && !core::mem::replace(&mut slot.touched, true)
+        {
+            self.touched.push(at);
+        }
+    }
+
+    /// Tells the keeper what has changed: between two events of a disk, when nothing is half done, and before anybody is
+    /// answered. `length` is how much of a page the format uses.
+    pub(crate) fn tell_keeper(&mut self, length: usize) {
+        let Some(keeper) = &mut self.keeper else { return };
+        while let Some(at) = self.touched.pop() {
+            let Some(slot) = self.slots.get_mut(at as usize) else { continue };
+            slot.touched = false;
+            // A copy of it may have been taken since it changed: until that is written, it is as good as dirty.
+            if slot.state == State::Dirty || slot.pins > 0 {
+                keeper.keep(at, &slot.key, slot.bytes.get(..length).unwrap_or_default());
+                slot.kept = true;
+            } else if core::mem::take(&mut slot.kept) {
+                keeper.release(at);
+            }
+        }
     }
 
     fn slot(&self, page: PageRef) -> Option<&Slot> {
@@ -215,6 +274,8 @@ impl Pages {
             state: State::Free,
             referenced: false,
             pins: 0,
+            touched: false,
+            kept: false,
             first: Stamp(0),
             after: Tick::NONE,
             next: NONE,
@@ -236,6 +297,11 @@ impl Pages {
         slot.state = State::Free;
         slot.pins = 0;
         slot.next = NONE;
+        if core::mem::take(&mut slot.kept)
+            && let Some(keeper) = &mut self.keeper
+        {
+            keeper.release(at);
+        }
         let head = self.head(key);
         let Some(first) = self.heads.get_mut(head) else { return };
         if *first == at {
@@ -254,6 +320,9 @@ impl Pages {
 
     /// The page has been read (or is known): it is clean from now on. Shorter bytes are followed by zeroes.
     pub fn fill(&mut self, page: PageRef, bytes: &[u8]) {
+        if self.slot(page).is_some_and(|slot| slot.kept) {
+            self.touch(page.0);
+        }
         let Some(slot) = self.slots.get_mut(page.0 as usize) else { return };
         self.dirty = self.dirty.saturating_sub(usize::from(slot.state == State::Dirty));
         let length = bytes.len().min(PAGE_BYTES);
@@ -284,6 +353,7 @@ impl Pages {
 
     /// Marks a page as changed: it stays until [`Pages::stage`] has taken a copy. Says whether it was clean before.
     pub(crate) fn mark(&mut self, page: PageRef, stamp: Stamp, after: Tick) -> bool {
+        self.touch(page.0);
         let Some(slot) = self.slots.get_mut(page.0 as usize) else { return false };
         match slot.state {
             State::Dirty => {
@@ -318,6 +388,7 @@ impl Pages {
 
     /// A copy of the page is on the medium, or given up.
     pub(crate) fn unpin(&mut self, page: PageRef) {
+        self.touch(page.0);
         if let Some(slot) = self.slot_mut(page) {
             slot.pins = slot.pins.saturating_sub(1);
         }

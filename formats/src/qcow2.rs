@@ -9,8 +9,11 @@ pub mod map;
 pub mod resize;
 pub mod shape;
 
+pub mod bitmaps;
 pub mod check;
 pub mod create;
+pub mod parent;
+pub mod snapshots;
 
 mod blocks;
 mod entries;
@@ -33,6 +36,7 @@ use crate::{Extent, Geometry, Run, SECTOR_BYTES};
 pub use header::{Backing, Compression, Header};
 pub use open::{Options, Repair};
 pub use shape::Shape;
+pub use unpack::unpack;
 
 use marks::Marks;
 use space::Space;
@@ -146,7 +150,7 @@ impl Format for Qcow2 {
 
     fn unpack(&mut self, at_bytes: u64, packed: &[u8], unit: &mut Vec<u8>) -> Result<(), Failure> {
         let length = crate::bytes::index(self.shape.cluster_bytes());
-        if unpack::unpack(self.compression, packed, unit, length) {
+        if unpack(self.compression, packed, unit, length) {
             return Ok(());
         }
         // The entry may be sound: it is the data that are lost, so the image is not marked.
@@ -157,6 +161,13 @@ impl Format for Qcow2 {
         self.marks.want();
         self.writable()?;
         let step = self.prepare_write(cx, extent);
+        self.noted(step)
+    }
+
+    fn in_place(&mut self, cx: &mut Context<'_>, extent: Extent) -> Step<Option<(u64, u64)>> {
+        self.marks.want();
+        self.writable()?;
+        let step = self.in_place_write(cx, extent);
         self.noted(step)
     }
 

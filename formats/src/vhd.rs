@@ -232,6 +232,10 @@ impl Format for Vhd {
         self.prepare_write(cx, extent)
     }
 
+    fn in_place(&mut self, cx: &mut Context<'_>, extent: Extent) -> Step<Option<(u64, u64)>> {
+        self.in_place_write(cx, extent)
+    }
+
     fn commit(&mut self, cx: &mut Context<'_>, payout: &Payout, after: Tick) -> Step<()> {
         self.commit_write(cx, payout, after)
     }

@@ -62,6 +62,28 @@ fn fill(dir: &Scratch, name: &str, size: u64, rng: &mut Rng, compressed: bool) {
     }
 }
 
+/// Where there is nothing, by qemu and by us. Holes of raw parents qemu sees, and we do not.
+fn same_map(dir: &Scratch, names: &[&str], driver: &mut Driver<FileMedium>, what: &str) {
+    let text = run(dir, "qemu-img", &["map", "--output=json", "-f", "qcow2", names[0]]);
+    let ours = driver.status();
+    let field = |line: &str, name: &str| {
+        let rest = line.split_once(&format!("\"{name}\": ")).unwrap().1;
+        rest.split([',', '}']).next().unwrap().to_owned()
+    };
+    let raw = names.iter().any(|name| name.ends_with(".raw"));
+    let mut nothing = 0;
+    for line in text.lines().filter(|line| line.contains("start")) {
+        let (start, length) = (field(line, "start"), field(line, "length"));
+        let (start, length): (usize, usize) = (start.parse().unwrap(), length.parse().unwrap());
+        let zero = field(line, "data") == "false";
+        for (sector, &here) in ours.iter().enumerate().take((start + length) / 512).skip(start / 512) {
+            nothing += usize::from(zero);
+            assert!(here == zero || raw && zero, "{what}: sector {sector}: {here} here, {line}");
+        }
+    }
+    assert!(nothing > 0 || !what.starts_with("cluster 4k compat 1.1 extended off base"), "{what}: no hole");
+}
+
 /// Reads a leaf through qemu and through us; writes it through us; asks qemu again.
 fn round(dir: &Scratch, names: &[&str], what: &str, rng: &mut Rng) -> u64 {
     let leaf = names[0];
@@ -71,6 +93,7 @@ fn round(dir: &Scratch, names: &[&str], what: &str, rng: &mut Rng) -> u64 {
     shadow.truncate(length);
     let mut driver = open(dir, names, true);
     same(&read_all(&mut driver), &shadow, what);
+    same_map(dir, names, &mut driver, what);
     shadow_run(&mut driver, &mut shadow, rng, 60, HABITS);
     same(&read_all(&mut driver), &shadow, what);
     driver.close().unwrap();

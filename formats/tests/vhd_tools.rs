@@ -183,6 +183,30 @@ fn usable(medium: &mut Sparse, blocks: &[u64]) {
 }
 
 #[test]
+fn growing_on_a_device_has_the_room_before_its_footer() {
+    for (room, to, length) in [(0, 6, 24 * MIB), (10, 6, 24 * MIB), (0, 900, 64 * MIB)] {
+        let image = fill(blank(Kind::Dynamic, 4, room, Some(length), false, None), &[0, 2]);
+        let size = to * 2 * MIB;
+        crash_everywhere(
+            &image,
+            |medium| grow(medium, false, size).map(drop),
+            |after| {
+                let disk = info(after).unwrap().disk_bytes;
+                assert!(disk == 8 * MIB || disk == size);
+                holds(after, &[0, 2]);
+                assert_eq!(check(after, false, false).unwrap().corruptions, 0);
+                let facts = after.facts();
+                Vhd::open_to_write(after, facts).unwrap();
+            },
+        );
+    }
+    let mut full = fill(blank(Kind::Dynamic, 4, 0, Some(9 * MIB), false, None), &[0, 1, 2, 3]);
+    let error = grow(&mut full, false, 2000 * 2 * MIB).unwrap_err();
+    assert!(error.to_string().contains("no space left"), "{error}");
+    holds(&full, &[0, 1, 2, 3]);
+}
+
+#[test]
 fn growing_within_the_room_and_beyond_survives_crashes() {
     for (blocks, room, to) in [(3, 10, 9), (3, 0, 5), (4, 0, 5000), (2, 0, 300_000)] {
         let full: Vec<u64> = (0..blocks).step_by(2).collect();

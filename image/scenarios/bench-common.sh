@@ -9,9 +9,14 @@ LOOK_MS=10000
 TIMEOUT=200
 SIZE=33554432
 
-disk_of() { case $1 in blkback) echo xvdb ;; qdisk) echo xvdc ;; vbdd3) echo xvdd ;; persistent) echo xvde ;; esac; }
+disk_of() {
+  case $1 in
+    blkback) echo xvdb ;; qdisk) echo xvdc ;; vbdd3) echo xvdd ;; persistent) echo xvde ;;
+    qcow2) echo xvdm ;; vhd) echo xvdn ;; qdisk-qcow2) echo xvdo ;;
+  esac
+}
 
-# plug_flavour FLAVOUR: "persistent" is a second disk of the same vbdd, with persistent grants.
+# plug_flavour FLAVOUR: "persistent", "qcow2" and "vhd" are further disks of the same vbdd.
 plug_flavour() {
   local disk
   disk=$(disk_of "$1")
@@ -20,6 +25,12 @@ plug_flavour() {
       echo "vbdd3 dom0 /srv/images/$1.img" >"/run/plug.guest.$disk"
       attach guest "$disk" dom0 vbd3 w "aio:/srv/images/$1.img" \
         vbdd "=persistent=$([ "$1" = persistent ] && echo 1 || echo 0)" ;;
+    qcow2 | vhd)
+      echo "vbdd3 dom0 /srv/images/$1.img" >"/run/plug.guest.$disk"
+      attach guest "$disk" dom0 vbd3 w "$1:/srv/images/$1.img" vbdd =persistent=0 ;;
+    qdisk-qcow2)
+      echo "qdisk dom0 /srv/images/$1.img" >"/run/plug.guest.$disk"
+      attach guest "$disk" dom0 qdisk w "qcow2:/srv/images/$1.img" && qdisk_serve guest ;;
     *) plug guest "$disk" "$1" dom0 w "/srv/images/$1.img" ;;
   esac
 }
@@ -36,9 +47,14 @@ bench_up() {
   POLL=1 LOOK_MS=500 start guest || failed "the guest did not start"
   story "a guest is up"
   for flavour in $FLAVOURS; do
-    vbdd-guest pattern 5 $SIZE >"/srv/images/$flavour.img"
     case $flavour in
-      persistent) pidof vbdd >/dev/null || POLL=1 backend_up vbdd3 dom0 ;;
+      qcow2 | qdisk-qcow2) cp /scenario/qcow2.full "/srv/images/$flavour.img" ;;
+      vhd) cp /scenario/vhd.full "/srv/images/$flavour.img" ;;
+      *) vbdd-guest pattern 5 $SIZE >"/srv/images/$flavour.img" ;;
+    esac
+    case $flavour in
+      qdisk-qcow2) POLL=1 backend_up qdisk dom0 ;;
+      persistent | qcow2 | vhd) pidof vbdd >/dev/null || POLL=1 backend_up vbdd3 dom0 ;;
       *) POLL=1 backend_up "$flavour" dom0 ;;
     esac || failed "$flavour did not start"
     plug_flavour "$flavour" || failed "attaching $flavour"

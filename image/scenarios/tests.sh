@@ -17,12 +17,13 @@ test_raw() {
   [ "$(ports_to "$(domid "$DOMAIN")" "$(domid g1)")" = "$before" ] || fail "an event channel was not given back"
 }
 
-# test_take_over HOW TIMES: vbdd ends and starts again under a guest's verified writes. HOW: stop (SIGTERM), kill (SIGKILL).
+# test_take_over HOW TIMES [IMAGE]: vbdd ends and starts again under a guest's verified writes. HOW: stop (SIGTERM), kill
+# (SIGKILL).
 test_take_over() {
   local how=$1 times=$2 n=0 count
   only_vbdd
   have_guest g1
-  disk g1 xvdb w "$(image takeover 16)"
+  disk g1 xvdb w "${3:-$(image takeover 16)}"
   verify_start g1 xvdb
   wait_for writes_beyond g1 xvdb 100 || fail "the verifier does not write"
   while [ $n -lt "$times" ]; do

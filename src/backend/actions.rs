@@ -132,19 +132,30 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
     }
 
     fn close_image(&mut self, address: Address) {
+        let disk =
+            self.devices.get(&address).and_then(|device| device.image.as_ref()).map(|image| image.disk);
+        let is_last = disk.is_some_and(|disk| !self.is_shared(address, disk));
+        self.disks_changed = true;
         let Some(device) = self.devices.get_mut(&address) else { return };
-        match &device.image {
-            Some(image) => {
+        match disk {
+            Some(disk) if is_last => {
                 device.closing_image = true;
-                self.pump.sync(image.disk);
+                self.pump.close_disk(disk);
             }
-            None => self.pending.push_back((address, Pending::Step(vbd::Event::ImageClosed))),
+            _ => {
+                device.image = None;
+                self.pending.push_back((address, Pending::Step(vbd::Event::ImageClosed)));
+            }
         }
     }
 
     pub(super) fn disk_synced(&mut self, disk: DiskId, durable: bool) {
-        let holds = |device: &super::Device| device.image.as_ref().is_some_and(|image| image.disk == disk);
-        let found = self.devices.iter().find(|(_, device)| holds(device)).map(|(address, _)| *address);
+        // Of several that use the disk, the one that waits.
+        let waits = |device: &super::Device| {
+            let holds = device.image.as_ref().is_some_and(|image| image.disk == disk);
+            holds && (device.closing_image || matches!(device.ending, Ending::Syncing(_)))
+        };
+        let found = self.devices.iter().find(|(_, device)| waits(device)).map(|(address, _)| *address);
         let Some(address) = found else { return };
         if !durable {
             let path = self.image_path(address);

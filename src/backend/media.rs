@@ -21,11 +21,20 @@ const NOTHING: Opened = Opened {
 };
 
 /// How an image can be punched.
-pub(super) fn discard_of(opened: &Opened) -> Option<vbd::Discard> {
+fn discard_of(opened: &Opened) -> Option<vbd::Discard> {
     opened.discard.map(|unit| vbd::Discard {
         granularity_bytes: unit.granularity_bytes,
         alignment_bytes: unit.alignment_bytes,
     })
+}
+
+/// What a guest is told of an image that was opened.
+pub(super) fn geometry_of(opened: &Opened) -> Geometry {
+    Geometry {
+        sectors: opened.size_bytes / formats::SECTOR_BYTES,
+        physical_sector_bytes: opened.physical_block_bytes,
+        discard: discard_of(opened),
+    }
 }
 
 /// What came of looking at an image's size.
@@ -43,7 +52,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
         let plan = DiskPlan::new(FileId::NONE, 0, true);
         let disk = self.pump.add_disk(&plan);
         if let Some(device) = self.devices.get_mut(&address) {
-            device.image = Some(OpenImage { opened: NOTHING, disk, request });
+            device.image = Some(OpenImage { opened: NOTHING, parents: Vec::new(), disk, request });
         }
         let geometry = Geometry { sectors: 0, physical_sector_bytes: 512, discard: None };
         self.pending.push_back((address, Pending::Step(vbd::Event::Opened(Ok(geometry)))));
@@ -80,11 +89,11 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
             return Ok(Measured { sectors, before });
         }
         image.opened.size_bytes = size_bytes;
-        let (disk, physical_sector_bytes) = (image.disk, image.opened.physical_block_bytes);
+        let disk = image.disk;
         let path = image.request.image.path.clone();
-        let discard = discard_of(&image.opened);
-        let geometry = Geometry { sectors, physical_sector_bytes, discard };
+        let geometry = geometry_of(&image.opened);
         self.pump.resize_disk(disk, sectors);
+        self.disks_changed = true;
         self.pending.push_back((address, Pending::Step(vbd::Event::Resized(geometry))));
         let level = if sectors < before { log::Level::Warn } else { log::Level::Info };
         self.notice(address, level, &format!("{path} has {sectors} sectors now, and had {before}"));

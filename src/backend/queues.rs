@@ -19,7 +19,8 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
             let error = ConnectError::Failed("no image is open".to_owned());
             return self.connect_ended(address, Err(error));
         };
-        self.pump.set_terms(disk, super::offers::taken(&plan.terms.offered), plan.terms.in_order);
+        let terms = plan.terms;
+        self.pump.set_terms(disk, super::offers::taken(&terms.offered), terms.in_order, terms.detect_zeroes);
         let mut refused = None;
         for (which, ring) in plan.rings.iter().enumerate() {
             let attached = self.attach_all(address, disk, &plan, ring);

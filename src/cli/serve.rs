@@ -1,6 +1,7 @@
 //! `vbdd serve`.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use lexopt::prelude::{Long, Short};
 use lexopt::{Parser, ValueExt};
@@ -8,7 +9,8 @@ use rings::Abi;
 
 use super::usage;
 use crate::error::Error;
-use crate::limits::{XENSTORE_NODES, XENSTORE_WATCHES};
+use crate::limits::{METADATA_CACHE_MIB, NBD_PATIENCE, XENSTORE_NODES, XENSTORE_WATCHES};
+use crate::nbd::client::Allowed;
 use crate::storage::engine::EngineChoice;
 use crate::vbd::{Config, Place, Terms};
 
@@ -19,12 +21,17 @@ Usage: vbdd serve --kind KIND --root DIR [OPTIONS]
 
   --kind KIND           claim backends of this kind: vbd, vbd3 or qdisk; may be given several times
   --root DIR            images must lie below this directory; may be given several times
+  --allow-nbd SERVER    images may lie on NBD servers whose sockets are below this directory, or on the one at HOST[:PORT];
+                        may be given several times (none)
+  --nbd-timeout SECONDS how long requests wait for an NBD server that does not answer; 0 for ever (300)
   --engine ENGINE       auto, uring or aio: how images are read and written (auto)
   --place PLACE         auto, dom0 or driver-domain: who cleans up after an unplug (auto: dom0 if this domain is 0)
   --default-abi ABI     x86_64, x86_32 or arm: for a frontend that does not name its ABI (x86_64)
-  --disk-options WORDS  what every disk is served with, as in the node vbdd: in-order, barrier, persistent=0, discard=0,
-                        max-queues=N, max-ring-page-order=N
+  --disk-options WORDS  what every disk is served with, as in the node vbdd: in-order, barrier, detect-zeroes,
+                        persistent=0, discard=0, max-queues=N, max-ring-page-order=N
+  --metadata-cache MIB  memory for metadata of QCOW2 and VHD images, all disks together, 1 to 65536 (32)
   --persistent-grants   offer frontends to keep their pages mapped; slower for vbdd than copying, see docs/performance.md
+  --export-dir DIR      let NBD clients read the open disks, through the socket DIR/nbd that only its owner may use
   --state-dir DIR       where live rings are written down for the next vbdd (/run/vbdd)
   --assume-clean        take over rings that no journal tells of, as the last vbdd was stopped with SIGTERM
   --xenstore-nodes N    this domain's quota of nodes, if it was raised: how many disks fit is said at the start (1000)
@@ -56,6 +63,10 @@ pub struct ServeOptions {
     pub kinds: Vec<String>,
     /// Directories that images must lie below.
     pub roots: Vec<PathBuf>,
+    /// NBD servers that images may lie on.
+    pub servers: Vec<Allowed>,
+    /// How long requests wait for one that does not answer; for ever if there is none.
+    pub server_patience: Option<Duration>,
     /// How images are read and written.
     pub engine: EngineChoice,
     /// Who cleans up.
@@ -64,8 +75,12 @@ pub struct ServeOptions {
     pub default_abi: Abi,
     /// What every disk is served with, in the words of the node `vbdd`.
     pub disk_options: String,
+    /// Memory for metadata of images with a format, in MiB.
+    pub metadata_cache_mib: u32,
     /// Frontends are offered to keep their pages granted.
     pub persistent_grants: bool,
+    /// Where NBD clients come in, if they may.
+    pub export_dir: Option<PathBuf>,
     /// Where the journals of live rings are.
     pub state_dir: PathBuf,
     /// Rings without a journal were left with everything answered.
@@ -93,11 +108,15 @@ pub(super) fn parse(parser: &mut Parser) -> Result<Option<ServeOptions>, Error> 
     let mut options = ServeOptions {
         kinds: Vec::new(),
         roots: Vec::new(),
+        servers: Vec::new(),
+        server_patience: Some(NBD_PATIENCE),
         engine: EngineChoice::Auto,
         place: PlaceOption::Auto,
         default_abi: Abi::X86_64,
         disk_options: String::new(),
+        metadata_cache_mib: METADATA_CACHE_MIB,
         persistent_grants: false,
+        export_dir: None,
         state_dir: PathBuf::from("/run/vbdd"),
         assume_clean: false,
         quotas: (XENSTORE_NODES, XENSTORE_WATCHES),
@@ -114,6 +133,15 @@ pub(super) fn parse(parser: &mut Parser) -> Result<Option<ServeOptions>, Error> 
                 }
             }
             Long("root") => options.roots.push(path(parser)?),
+            Long("allow-nbd") => {
+                let server = value(parser)?.parse();
+                let hint = "the directory that its socket is in, or HOST[:PORT]";
+                options.servers.push(server.map_err(|why| Error::new(format!("--allow-nbd: {why}"), hint))?);
+            }
+            Long("nbd-timeout") => {
+                let seconds = number(parser, "--nbd-timeout")?;
+                options.server_patience = (seconds > 0).then(|| Duration::from_secs(seconds.into()));
+            }
             Long("engine") => {
                 let engines = [
                     ("auto", EngineChoice::Auto),
@@ -144,7 +172,15 @@ pub(super) fn parse(parser: &mut Parser) -> Result<Option<ServeOptions>, Error> 
                     Error::new(format!("--disk-options says {error}"), "see docs/xenstore.md")
                 })?;
             }
+            Long("export-dir") => options.export_dir = Some(path(parser)?),
             Long("state-dir") => options.state_dir = path(parser)?,
+            Long("metadata-cache") => {
+                options.metadata_cache_mib = number(parser, "--metadata-cache")?;
+                if !(1..=65536).contains(&options.metadata_cache_mib) {
+                    let what = format!("--metadata-cache {}: out of range", options.metadata_cache_mib);
+                    return Err(Error::new(what, "1 to 65536 MiB"));
+                }
+            }
             Long("persistent-grants") => options.persistent_grants = true,
             Long("assume-clean") => options.assume_clean = true,
             Long("xenstore-nodes") => options.quotas.0 = number(parser, "--xenstore-nodes")?,
@@ -169,7 +205,7 @@ pub(super) fn parse(parser: &mut Parser) -> Result<Option<ServeOptions>, Error> 
             "give --kind vbd, --kind vbd3 or --kind qdisk",
         ));
     }
-    if options.roots.is_empty() {
+    if options.roots.is_empty() && options.servers.is_empty() {
         let hint = "give --root DIR, the directory that the images are in";
         return Err(Error::new("no --root given: no image could be opened", hint));
     }
@@ -233,10 +269,18 @@ mod tests {
             "x86_32",
             "--disk-options",
             "max-queues=2,in-order",
+            "--allow-nbd",
+            "/run/nbd",
+            "--allow-nbd=Store:7",
+            "--nbd-timeout",
+            "0",
             "--log-level",
             "debug",
         ]);
         let options = options.unwrap().unwrap();
+        let host = Allowed::Host { host: "store".into(), port: 7 };
+        assert_eq!(options.servers, [Allowed::Sockets(PathBuf::from("/run/nbd")), host]);
+        assert_eq!(options.server_patience, None);
         assert_eq!(options.kinds, ["vbd", "qdisk"]);
         assert_eq!(options.roots, [PathBuf::from("/srv/a"), PathBuf::from("/srv/b")]);
         assert_eq!((options.engine, options.place), (EngineChoice::Aio, PlaceOption::DriverDomain));
@@ -257,6 +301,10 @@ mod tests {
             (
                 vec!["--kind", "vbd", "--engine", "fast"],
                 "--engine fast: no such choice (one of auto, uring, aio)",
+            ),
+            (
+                vec!["--allow-nbd", "nbd://store"],
+                "--allow-nbd: \"nbd://store\" is neither a directory nor HOST[:PORT]: the port is no number from 1 to 65535 (the directory that its socket is in, or HOST[:PORT])",
             ),
             (
                 vec!["--log-level", "loud"],

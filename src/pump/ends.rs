@@ -87,7 +87,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         self.hypervisor.unbind(open.port);
         if let Some(journal) = open.take_journal() {
             let name = self.names.get_mut(id as usize).map(std::mem::take).unwrap_or_default();
-            self.journals.close(&name, journal.memory(), forget);
+            self.journals.borrow_mut().close(&name, journal.memory(), forget);
         }
         self.ready.retain(|other| *other != id);
         self.touched.retain(|other| *other != id);

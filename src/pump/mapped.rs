@@ -1,9 +1,8 @@
 //! Requests whose data storage moves to and from the guest's own pages, which stay mapped: see [`crate::grants`].
 
-use formats::{Extent, Place, Run};
 use rings::{Operation, Segment};
 
-use super::{Pump, QueueId, Token};
+use super::{Pump, QueueId, Token, extent_of};
 use crate::buffers::Span;
 use crate::grants::Grants;
 use crate::hypervisor::Hypervisor;
@@ -38,10 +37,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             Operation::Write => IoKind::Write,
             _ => return false,
         };
-        let extent = Extent { sector: one.request.sector, sectors: one.request.sectors };
-        let Ok(Run { place: Place::Data { offset_bytes }, .. }) = disk.image.map(extent) else {
-            return false;
-        };
+        let Some(offset_bytes) = disk.offset_of(extent_of(&one.request)) else { return false };
         let file = disk.file;
         if !self.storage.takes_pages(file) {
             return false;

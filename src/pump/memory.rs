@@ -5,10 +5,9 @@
 
 use std::time::Duration;
 
-use formats::{Extent, Place, Run};
 use rings::{Segments, Status};
 
-use super::Pump;
+use super::{Pump, extent_of};
 use crate::buffers::{PAGE_BYTES, Pool, SPAN_BYTES_MAX, Span};
 use crate::hypervisor::{CopyDirection, DomainId, Hypervisor};
 use crate::limits::STARVED_PATIENCE;
@@ -126,6 +125,22 @@ impl Rows {
             }
             at = end;
         }
+    }
+
+    /// Whether a write's data, which are here, are nothing but zeroes.
+    pub(crate) fn is_zero(&self, pool: &mut Pool, held: &Held, request: &rings::Request) -> bool {
+        let (length, mut at) = (request.length_bytes(), 0);
+        let is_write = request.operation == rings::Operation::Write;
+        while let Some(span) =
+            self.part(held, at, length - at).filter(|span| is_write && span.length_bytes() > 0)
+        {
+            let or = |bytes: &[u8]| bytes.iter().fold(0, |sum, byte| sum | byte) == 0;
+            if !pool.bytes(span).chunks(512).all(or) {
+                return false;
+            }
+            at += span.length_bytes();
+        }
+        at == length && length > 0
     }
 
     /// What of `length` bytes from `at` on lies in one piece; `None` past the end.
@@ -315,10 +330,13 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             return false;
         }
         let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return false };
-        let Some(disk) = self.disks.get(queue.disk as usize).and_then(Option::as_ref) else { return false };
+        let queue_disk = queue.disk;
+        let Some(disk) = self.disks.get(queue_disk as usize).and_then(Option::as_ref) else { return false };
         let Some(one) = queue.in_flight(place) else { return false };
         let length = one.request.length_bytes();
-        if length == 0 {
+        // What is looked at for zeroes must be in our memory.
+        let looked_at = disk.detect_zeroes && one.request.operation == rings::Operation::Write;
+        if length == 0 || looked_at {
             return false;
         }
         let (kind, direction) = match one.request.operation {
@@ -327,11 +345,21 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             // More than the data has to be done in order.
             _ => return false,
         };
-        let extent = Extent { sector: one.request.sector, sectors: one.request.sectors };
-        let Ok(Run { place: Place::Data { offset_bytes }, .. }) = disk.image.map(extent) else {
+        let extent = extent_of(&one.request);
+        let (file, offset_bytes, in_place) = match disk.offset_of(extent) {
+            Some(offset_bytes) => (disk.file, offset_bytes, None),
+            None => match self.chains.begin_in_place(queue_disk, kind, extent) {
+                Some((file, offset_bytes, id)) => (file, offset_bytes, Some(id)),
+                None => return false,
+            },
+        };
+        let Some(span) = self.storage.direct(file, kind, offset_bytes, length) else {
+            if let Some(id) = in_place {
+                self.chains.end_in_place(queue_disk, id);
+            }
             return false;
         };
-        let Some(span) = self.storage.direct(disk.file, kind, offset_bytes, length) else { return false };
+        one.in_place = in_place;
         // The file's pages are no memory of the pool's: they are not counted, and given back by nobody. What the request has
         // of the pool it keeps, should this way fail.
         one.held.aside = std::mem::replace(&mut one.held.first, span);
@@ -342,9 +370,11 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
 
     /// A request's copies are over. True if they were to or from the file itself, whose pages it then has no more.
     pub(super) fn end_direct(&mut self, id: u32, place: u16) -> bool {
-        let Some(one) = self.queue(id).and_then(|queue| queue.in_flight(place)) else { return false };
-        if one.stage != Stage::Direct {
-            return false;
+        let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return false };
+        let disk = queue.disk;
+        let Some(one) = queue.in_flight(place).filter(|one| one.stage == Stage::Direct) else { return false };
+        if let Some(id) = one.in_place.take() {
+            self.chains.end_in_place(disk, id);
         }
         one.held.first = std::mem::replace(&mut one.held.aside, Span::EMPTY);
         one.stage = Stage::Storage;

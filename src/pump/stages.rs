@@ -1,10 +1,10 @@
 //! What happens to a request between its ring and storage: memory, grant copies, transfers, flushes.
 
-use formats::{Extent, Place, Run};
+use formats::{Extent, Op};
 use rings::{Operation, Status};
 
 use super::copies::Copies;
-use super::{DiskId, Pump, PumpEvent, QueueId, StorageFailure, Token};
+use super::{DiskId, Pump, PumpEvent, QueueId, StorageFailure, Token, extent_of};
 use crate::buffers::Span;
 use crate::disk::Disk;
 use crate::hypervisor::{CopyDirection, Hypervisor, Port};
@@ -24,6 +24,8 @@ pub(super) struct Scratch {
     retries: Vec<(u32, u16)>,
     /// Disks on which a flush or barrier may have become ready.
     flush_disks: Vec<u32>,
+    /// A request has come from outside of the rings.
+    pub(super) asked: bool,
     /// Disks on which a barrier has ended.
     pub(super) reopened: Vec<u32>,
 }
@@ -49,9 +51,12 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             match Token::decode(done.token) {
                 Some(Token::Request { queue, place }) => self.transfer_done(queue, place, &done),
                 Some(Token::Flush(disk)) => self.flush_done(disk, done.result),
+                Some(Token::Work(number)) => self.work_transfer_done(number, done.token, done.result),
+                Some(Token::Outside(place)) => self.outside_transfer_done(place, done.result),
                 Some(Token::Sync(_)) | None => {}
             }
         }
+        progress |= self.drive_chains();
         self.run_batch(|copies| &mut copies.outgoing, usize::MAX, Pump::handed_out);
         progress | self.retry()
     }
@@ -73,7 +78,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
 
     fn transfer_done(&mut self, id: u32, place: u16, done: &Done) {
         let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return };
-        let (has_ring, flow) = (queue.ring.is_some(), queue.flow);
+        let flow = queue.flow;
         let Some(one) = queue.in_flight(place) else { return };
         if one.request.operation != Operation::Discard {
             self.fair.done(flow, Token::transfer_bytes(done.token), self.now);
@@ -86,6 +91,15 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             return;
         }
         let result = one.error.take().map_or(Ok(()), Err);
+        self.moved(id, place, result);
+    }
+
+    /// Storage, or the disk's format, has done what a request asks for.
+    pub(super) fn moved(&mut self, id: u32, place: u16, result: Result<(), StorageError>) {
+        let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return };
+        let has_ring = queue.ring.is_some();
+        let Some(one) = queue.in_flight(place) else { return };
+        one.transfers = 0;
         let (operation, sector) = (one.request.operation, one.request.sector);
         let in_place = one.stage == Stage::Mapped;
         self.end_epoch(id, place);
@@ -262,9 +276,21 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         let Some(disk) = self.disks.get(queue.disk as usize).and_then(Option::as_ref) else { return };
         let flow = queue.flow;
         let Some(one) = queue.in_flight(place) else { return };
-        let extent = Extent { sector: one.request.sector, sectors: one.request.sectors };
+        let extent = extent_of(&one.request);
+        if disk.is_chain {
+            one.transfers = 1;
+            let zeroes =
+                disk.detect_zeroes && self.rows.is_zero(self.storage.buffers(), &one.held, &one.request);
+            let op = match kind {
+                IoKind::Read => Op::Read,
+                _ if zeroes => Op::WriteZeroes,
+                _ => Op::Write,
+            };
+            let (disk, token) = (queue.disk, Token::Request { queue: id, place });
+            return self.submit(disk, token, op, extent);
+        }
         // The range was checked when the request was taken; a disk that has shrunk since refuses it here.
-        let Ok(Run { place: Place::Data { offset_bytes }, .. }) = disk.image.map(extent) else {
+        let Some(offset_bytes) = disk.offset_of(extent) else {
             return self.finish(id, place, Status::Error);
         };
         let (length, mut at) = (one.request.length_bytes(), 0);
@@ -290,12 +316,17 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         let Some(queue) = self.queues.get_mut(id as usize).and_then(Option::as_mut) else { return };
         let Some(disk) = self.disks.get(queue.disk as usize).and_then(Option::as_ref) else { return };
         let Some(one) = queue.in_flight(place) else { return };
-        let extent = Extent { sector: one.request.sector, sectors: one.request.sectors };
-        let Ok(Run { place: Place::Data { offset_bytes }, .. }) = disk.image.map(extent) else {
+        let extent = extent_of(&one.request);
+        let token = Token::Request { queue: id, place };
+        one.transfers = 1;
+        if disk.is_chain {
+            let disk = queue.disk;
+            return self.submit(disk, token, Op::Discard, extent);
+        }
+        let Some(offset_bytes) = disk.offset_of(extent) else {
             return self.finish(id, place, Status::Error);
         };
-        one.transfers = 1;
-        let token = Token::Request { queue: id, place }.encode();
+        let token = token.encode();
         let kind = IoKind::Discard { length_bytes: extent.sectors.saturating_mul(rings::SECTOR_BYTES) };
         self.storage.queue(Io { token, file: disk.file, kind, offset_bytes, span: Span::EMPTY });
     }
@@ -360,6 +391,10 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
                 self.flush_done(id, Ok(()));
                 continue;
             }
+            if disk.is_chain {
+                self.submit(id, Token::Flush(id), Op::Flush, Extent { sector: 0, sectors: 0 });
+                continue;
+            }
             let (token, file) = (Token::Flush(id).encode(), disk.file);
             self.storage.queue(Io { token, file, kind: IoKind::Flush, offset_bytes: 0, span: Span::EMPTY });
         }
@@ -374,16 +409,18 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
         self.queue_flush(queue, place, if has_data { Stage::Preflush } else { Stage::Flush });
     }
 
-    fn flush_done(&mut self, id: u32, result: Result<(), StorageError>) {
+    pub(super) fn flush_done(&mut self, id: u32, result: Result<(), StorageError>) {
         let mut served = std::mem::take(&mut self.scratch.served);
         let Some(disk) = self.disk(id) else { return };
         disk.flush_ends(&mut served);
-        let result = disk.judge_flush(result);
+        // A format judges by itself, and may recover: a full medium is no failed `fdatasync`.
+        let result = if disk.is_chain { result } else { disk.judge_flush(result) };
         for token in served.drain(..) {
             match Token::decode(token) {
                 Some(Token::Request { queue, place }) => self.flushed(queue, place, &result),
                 Some(Token::Sync(disk)) => self.report(PumpEvent::Synced(DiskId(disk), result.is_ok())),
-                Some(Token::Flush(_)) | None => {}
+                Some(Token::Outside(place)) => self.outside_done(place, result.clone()),
+                Some(Token::Flush(_) | Token::Work(_)) | None => {}
             }
         }
         self.scratch.served = served;

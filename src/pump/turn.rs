@@ -33,7 +33,9 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
     /// do at once: the caller looks at its other duties and comes back.
     pub fn turn(&mut self, now: Duration) -> bool {
         self.now = now;
+        self.scratch.asked = false;
         self.end_delays(now);
+        self.write_back();
         self.turning = true;
         let more = self.rounds(now);
         self.turning = false;
@@ -42,12 +44,14 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
 
     fn rounds(&mut self, now: Duration) -> bool {
         for _ in 0..ROUNDS_PER_TURN {
-            let mut progress = self.feed_starved();
+            let mut progress = self.end_yields();
+            progress |= self.feed_starved();
             progress |= self.take_requests(now);
             progress |= self.let_in();
             progress |= self.describe();
             progress |= self.copy_in();
             self.start_flushes();
+            progress |= self.drive_chains();
             self.fair.dispatch(&mut self.storage, now);
             self.storage.submit();
             progress |= self.collect();

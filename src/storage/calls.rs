@@ -3,6 +3,7 @@
 use std::os::fd::BorrowedFd;
 
 use super::engine::{Action, Transfer};
+use crate::buffers::Span;
 
 /// Does `transfer` and waits for it. Bytes moved, or a negative errno, as the engines answer.
 #[inline]
@@ -42,3 +43,26 @@ pub(super) struct Job(pub Transfer);
 
 // SAFETY: the address in it names memory that is valid until the transfer has ended, on whichever thread.
 unsafe impl Send for Job {}
+
+/// The bytes of a transfer's memory, at most `length` of them. For the owner of the transfer, until it has landed.
+#[inline]
+pub(super) fn bytes<'a>(memory: Span, length: usize) -> &'a [u8] {
+    let length = length.min(memory.length_bytes() as usize);
+    if length == 0 {
+        return &[];
+    }
+    // SAFETY: the memory of a transfer lies in an arena that is mapped for ever and initialised, and nobody writes to that of
+    // a write before it has landed; whoever calls keeps the slice no longer.
+    unsafe { std::slice::from_raw_parts(memory.address(), length) }
+}
+
+/// The same to be filled.
+#[inline]
+pub(super) fn bytes_mut<'a>(memory: Span, length: usize) -> &'a mut [u8] {
+    let length = length.min(memory.length_bytes() as usize);
+    if length == 0 {
+        return &mut [];
+    }
+    // SAFETY: as above; and the memory of a read is nobody else's before it has landed.
+    unsafe { std::slice::from_raw_parts_mut(memory.address(), length) }
+}

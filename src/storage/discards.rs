@@ -3,64 +3,16 @@
 //! Both may take long, so they run on threads of their own, a part at a time, and one at a time for each file: a guest that
 //! discards a lot keeps its own discards waiting, and neither transfers nor the others' discards.
 
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
-
-use rustix::fs::FallocateFlags;
-use rustix::io::Errno;
-
+use super::changes::{AT_ONCE_BYTES, Change, Order};
 use super::engine::Landed;
 use super::linux::LinuxStorage;
 use super::medium::Path;
 use super::slots::Stage;
-use super::{Identity, Io, IoKind, StorageError};
+use super::{Identity, Io, StorageError};
+use crate::nbd::client::Command;
 
 /// The most that one call lets go of, in bytes: a call cannot be interrupted, and a disk that is detached waits for it.
 const PART_BYTES: u64 = 256 << 20;
-
-/// The most that is let go of at once by the calling thread, in bytes, where the file lives in memory: 256 pages.
-const AT_ONCE_BYTES: u64 = 1 << 20;
-
-/// `BLKDISCARD` of `linux/fs.h`, `_IO(0x12, 119)`: a pair of offset and length in bytes.
-const BLKDISCARD: u32 = 0x1277;
-
-/// A call on its way to a thread.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Discard {
-    tag: u32,
-    fd: RawFd,
-    is_device: bool,
-    offset: u64,
-    length: u64,
-}
-
-impl Discard {
-    /// Does it and waits for it.
-    pub(super) fn now(&self) -> Landed {
-        // SAFETY: the file stays open until the call has landed.
-        let fd = unsafe { BorrowedFd::borrow_raw(self.fd) };
-        let result = if self.is_device {
-            discard(fd, self.offset, self.length)
-        } else {
-            punch(fd, self.offset, self.length)
-        };
-        Landed { tag: self.tag, result: result.map_or_else(|errno| -errno.raw_os_error(), |()| 0) }
-    }
-}
-
-/// Makes a hole in a file; its size stays.
-pub(super) fn punch(fd: BorrowedFd<'_>, offset: u64, length: u64) -> Result<(), Errno> {
-    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-    rustix::fs::fallocate(fd, flags, offset, length)
-}
-
-fn discard(fd: BorrowedFd<'_>, offset: u64, length: u64) -> Result<(), Errno> {
-    let range = [offset, length];
-    // SAFETY: the call reads two numbers at the address; the descriptor is open.
-    match unsafe { libc::ioctl(fd.as_raw_fd(), BLKDISCARD as _, range.as_ptr()) } {
-        0 => Ok(()),
-        _ => Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)),
-    }
-}
 
 impl LinuxStorage {
     /// A discard has arrived: where it covers no whole unit there is nothing to do.
@@ -89,15 +41,21 @@ impl LinuxStorage {
 
     /// Has the next part of a discard done.
     fn discard_part(&mut self, number: u32) {
+        let slot = self.slots.at_mut(number);
+        slot.piece = (slot.until - slot.place).min(PART_BYTES);
+        if self.starts_remotely(number, Command::Trim) {
+            return;
+        }
         let slot = *self.slots.at(number);
         let Some(file) = self.files.at(slot.io.file) else { return };
-        let length = (slot.until - slot.place).min(PART_BYTES);
+        let length = slot.piece;
         let is_device = matches!(file.identity, Identity::Device { .. });
-        let call = Discard { tag: number, fd: file.descriptor(false), is_device, offset: slot.place, length };
+        let change = if is_device { Change::Discard } else { Change::Hole };
+        let order = Order { tag: number, fd: file.descriptor(false), change, offset: slot.place, length };
         self.maps.punched(&file.mapped, slot.place, length);
         if file.path == Path::Memory && length <= AT_ONCE_BYTES {
-            self.stillborn.push_back(call.now());
-        } else if self.discarders.give(call).is_err() {
+            self.stillborn.push_back(order.now());
+        } else if self.discarders.give(order).is_err() {
             self.stillborn.push_back(Landed { tag: number, result: -libc::ENOMEM });
         }
     }
@@ -106,7 +64,7 @@ impl LinuxStorage {
     pub(super) fn discard_landed(&mut self, number: u32, result: Result<u32, i32>) {
         let slot = *self.slots.at(number);
         let Some(file) = self.files.at(slot.io.file) else { return };
-        let place = slot.place + (slot.until - slot.place).min(PART_BYTES);
+        let place = slot.place + slot.piece;
         // What was written meanwhile may have been marked as there, and be gone.
         self.maps.punched(&file.mapped, slot.place, place - slot.place);
         match result {
@@ -127,13 +85,5 @@ impl LinuxStorage {
             self.discard_part(next);
         }
         self.finish(number, error.map_or(Ok(()), Err));
-    }
-
-    /// Whether a request is a discard, and of how much.
-    pub(super) fn discard_length(kind: IoKind) -> Option<u64> {
-        match kind {
-            IoKind::Discard { length_bytes } => Some(length_bytes),
-            _ => None,
-        }
     }
 }

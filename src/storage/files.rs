@@ -8,6 +8,7 @@ use super::legs::{SECTOR_BYTES, Shape};
 use super::maps::Mapped;
 use super::medium::{Path, Prepared};
 use super::slots::Fifo;
+use super::zeroes::Way;
 use super::{Access, DiscardUnit, Identity};
 
 /// Bits of a [`FileId`] that number the place; the others count how often it was used, so that a handle of a closed file
@@ -40,10 +41,18 @@ pub(super) struct File {
     /// A discard is under way, and the others that wait for it.
     pub discarding: bool,
     pub discards: Fifo,
+    /// The unit in which the file system keeps it, in bytes, and how ranges of it are zeroed.
+    pub unit_bytes: u32,
+    pub zeroing: Way,
+    /// A change of its space (zeroes, its length) is under way, and the others that wait for it.
+    pub changing: bool,
+    pub changes: Fifo,
     /// Only where a block is larger than a sector.
     pub hazards: Option<Hazards>,
     /// Only where it lives in memory.
     pub mapped: Mapped,
+    /// Only where it lives on a server: its number among those.
+    pub remote: Option<u32>,
 }
 
 impl Drop for File {
@@ -75,8 +84,22 @@ impl File {
             discard: prepared.discard,
             discarding: false,
             discards: Fifo::EMPTY,
+            unit_bytes: prepared.unit_bytes,
+            zeroing: Way::first(prepared.path, prepared.identity),
+            changing: false,
+            changes: Fifo::EMPTY,
             hazards: serialised.then(|| Hazards::new(prepared.shape)),
             mapped: if prepared.path == Path::Memory { Mapped::No } else { Mapped::Never },
+            remote: None,
+        }
+    }
+
+    /// It ends elsewhere from now on.
+    pub(super) fn resize(&mut self, size: u64) {
+        let has_tail = self.tail.is_some();
+        self.shape = self.shape.resized(size, has_tail);
+        if let Some(hazards) = &mut self.hazards {
+            hazards.resize(size, has_tail);
         }
     }
 

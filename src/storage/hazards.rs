@@ -10,8 +10,8 @@ use super::slots::{Fifo, NONE, Slots};
 /// The writes under way on one file, and those that wait for them.
 #[derive(Debug)]
 pub(super) struct Hazards {
-    /// The shape that the file was opened with. It stays even when the file goes over to the page cache, since partial
-    /// writes of before may be under way.
+    /// The shape of the file, with the block that it was opened with: that stays even when the file goes over to the page
+    /// cache, since partial writes of before may be under way.
     shape: Shape,
     /// First of the writes of whole blocks under way, and of the partial ones.
     heads: [u32; 2],
@@ -23,14 +23,20 @@ impl Hazards {
         Hazards { shape, heads: [NONE; 2], waiting: Fifo::EMPTY }
     }
 
+    /// The file has another size: where its tail begins decides which writes are partial. Those under way stay in the list
+    /// that they are in, where everything partial waits for them.
+    pub(super) fn resize(&mut self, size: u64, has_tail: bool) {
+        self.shape = self.shape.resized(size, has_tail);
+    }
+
     fn range(&self, slots: &Slots, number: u32) -> (u64, u64) {
         let io = &slots.at(number).io;
-        blocks(&self.shape, io.offset_bytes, io.span.length_bytes())
+        blocks(&self.shape, io.offset_bytes, io.length_bytes())
     }
 
     fn partial(&self, slots: &Slots, number: u32) -> bool {
         let io = &slots.at(number).io;
-        is_partial(&self.shape, io.offset_bytes, io.span.length_bytes())
+        is_partial(&self.shape, io.offset_bytes, io.length_bytes())
     }
 
     /// Whether a write under way of the given sort touches a block of `number`'s.

@@ -18,7 +18,7 @@ pub(super) const BLOCK_BYTES_MAX: u32 = 4096;
 /// What a file's size and medium ask of transfers. All in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Shape {
-    /// Size when it was opened.
+    /// Size when it was opened, or when it was last changed or measured.
     pub size: u64,
     /// Where writes must end: the size rounded up to whole sectors.
     pub limit: u64,
@@ -38,9 +38,10 @@ impl Shape {
         Shape { size, limit, block, memory, tail }
     }
 
-    /// The same file with another size, as far as whole blocks go: nobody opened it for a ragged end.
-    pub(super) fn resized(self, size: u64) -> Shape {
-        Shape::new(size - size % u64::from(self.block), self.block, self.memory)
+    /// The same file with another size. Without a descriptor for a ragged end only as far as whole blocks go.
+    pub(super) fn resized(self, size: u64, has_tail: bool) -> Shape {
+        let size = if has_tail { size } else { size - size % u64::from(self.block) };
+        Shape::new(size, self.block, self.memory)
     }
 
     /// The same file through the page cache.
@@ -98,10 +99,12 @@ pub(super) enum Next {
 
 /// Whether a request may be done at all.
 pub(super) fn check(shape: &Shape, kind: IoKind, offset: u64, length: u64) -> Result<(), StorageError> {
-    if kind == IoKind::Flush {
-        return Ok(());
-    }
     let sector = u64::from(SECTOR_BYTES);
+    match kind {
+        IoKind::Flush => return Ok(()),
+        IoKind::SetLength if offset.is_multiple_of(sector) => return Ok(()),
+        _ => {}
+    }
     if !offset.is_multiple_of(sector) || !length.is_multiple_of(sector) || length == 0 {
         return Err(StorageError::Os(libc::EINVAL));
     }
@@ -149,14 +152,14 @@ pub(super) fn next(shape: &Shape, offset: u64, address: usize, left: u32) -> Nex
 }
 
 /// The blocks that a request touches, as `(first byte, end)`: the unit of serialisation between writes.
-pub(super) fn blocks(shape: &Shape, offset: u64, length: u32) -> (u64, u64) {
-    (shape.down(offset), shape.up(offset + u64::from(length)))
+pub(super) fn blocks(shape: &Shape, offset: u64, length: u64) -> (u64, u64) {
+    (shape.down(offset), shape.up(offset + length))
 }
 
 /// Whether a write must read before it writes.
-pub(super) fn is_partial(shape: &Shape, offset: u64, length: u32) -> bool {
+pub(super) fn is_partial(shape: &Shape, offset: u64, length: u64) -> bool {
     let (from, to) = blocks(shape, offset, length);
-    let end = offset + u64::from(length);
+    let end = offset + length;
     // What lies in the tail is written byte for byte.
     (from < offset && offset < shape.tail) || (end < to && end < shape.tail)
 }

@@ -6,20 +6,30 @@ use std::collections::VecDeque;
 use std::os::fd::{AsFd, RawFd};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::calls::{self, Job};
-use super::discards::Discard;
+use super::chained::{Opener, PreparedChain};
+use super::changes::Order;
 use super::engine::{self, AnyEngine, Engine, EngineChoice, Landed};
 use super::files::{FILES_MAX, File, Files};
 use super::legs::{self, BOUNCE_BYTES};
 use super::maps::{Answer, Mapped, Maps, Wish};
 use super::medium::{self, Path, Prepared};
 use super::merge::Merges;
+use super::remote::{Remotes, Servers};
 use super::slots::{Fifo, Slots};
 use super::workers::{Bell, Workers};
-use super::{Access, Done, FileId, Identity, Io, IoKind, OpenError, Opened, Storage, StorageError};
-use crate::buffers::{Pool, Span};
+use super::zeroes::Way;
+use super::{
+    Access, DiscardUnit, Done, FileId, Identity, Io, IoKind, Layer, OpenError, Opened, Storage, StorageError,
+};
+use crate::buffers::{Pool, SPAN_BYTES_MAX, Span};
 use crate::images::Roots;
+use crate::keep::Left;
+use crate::limits::NBD_PATIENCE;
+use crate::nbd::client::Allowed;
+use crate::params::Image;
 
 /// Threads that open and close files. A dead file server holds one for each path that is tried; the rest go on.
 const OPENERS_MAX: usize = 4;
@@ -32,6 +42,9 @@ const HELPERS_MAX: usize = 4;
 
 /// Threads for discards: as many disks can have one under way.
 const DISCARDERS_MAX: usize = 4;
+
+/// Threads for ranges of zeroes and lengths of files: as many files can have one under way.
+const CHANGERS_MAX: usize = 4;
 
 /// Bounce buffers in bytes: 16 requests go through them at a time, the others wait.
 const BOUNCE_POOL_BYTES: usize = 16 * BOUNCE_BYTES as usize;
@@ -49,6 +62,10 @@ pub struct Options {
     pub direct: bool,
     /// Alignment to keep in direct transfers, for media that want more than the kernel says.
     pub alignment: Option<Alignment>,
+    /// The NBD servers that images may lie on.
+    pub servers: Vec<Allowed>,
+    /// How long requests wait for a server that does not answer before they fail; for ever if there is none.
+    pub server_patience: Option<Duration>,
 }
 
 /// What direct transfers must be multiples of, in bytes: powers of two, 512 to 4096.
@@ -68,26 +85,28 @@ impl Default for Options {
             pool_bytes: 64 << 20,
             direct: true,
             alignment: None,
+            servers: Vec::new(),
+            server_patience: Some(NBD_PATIENCE),
         }
     }
 }
 
 /// A job for an opener.
 enum Errand {
-    Open { token: u64, path: String, access: Access },
+    Open { token: u64, image: Image, access: Access, left: Left },
     Close(Box<File>),
 }
 
 impl std::fmt::Debug for Errand {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Errand::Open { path, .. } => write!(f, "Open({path})"),
+            Errand::Open { image, .. } => write!(f, "Open({})", image.path),
             Errand::Close(_) => f.write_str("Close"),
         }
     }
 }
 
-type OpenAnswer = (u64, Result<Prepared, OpenError>, String);
+type OpenAnswer = (u64, Result<PreparedChain, OpenError>, Image);
 
 /// Storage on Linux files and block devices.
 #[derive(Debug)]
@@ -108,13 +127,22 @@ pub struct LinuxStorage {
     pub(super) stillborn: VecDeque<Landed>,
     finished: VecDeque<Done>,
     refused_opens: VecDeque<(u64, Result<Opened, OpenError>)>,
+    /// Layers of opened images that were not asked for yet, by their leaf's file.
+    layers: Vec<(FileId, Vec<Layer>)>,
+    left: Left,
     openers: Workers<Errand, OpenAnswer>,
     pub(super) helpers: Workers<Job, Landed>,
-    pub(super) discarders: Workers<Discard, Landed>,
+    pub(super) discarders: Workers<Order, Landed>,
+    pub(super) changers: Workers<Order, Landed>,
+    /// Zeroes to write: nobody ever writes to them, so they take no memory.
+    pub(super) zeroes: Span,
+    _zeroes: Pool,
     bell: Arc<Bell>,
     /// Whether a transfer was pushed by us and not on behalf of a caller who is about to submit.
     pub(super) continued: bool,
     pub(super) maps: Maps,
+    /// Images on servers, if the operator allows any.
+    pub(super) remotes: Option<Remotes>,
     /// Whether anything was asked since [`LinuxStorage::was_busy`] was.
     busy: bool,
 }
@@ -152,10 +180,22 @@ impl LinuxStorage {
             Pool::new(BOUNCE_POOL_BYTES).map_err(|error| format!("no memory for buffers: {error}"))?;
         let bell = Arc::new(Bell::new().map_err(|error| format!("eventfd: {error}"))?);
         let (direct, alignment) = (options.direct, options.alignment);
+        let servers = Arc::new(Servers::new(&options.servers)?);
+        let remotes = match options.servers.is_empty() {
+            true => None,
+            false => Some(Remotes::new(options.server_patience, &bell)?),
+        };
         let openers = Workers::new("vbdd-open", OPENERS_MAX, Arc::clone(&bell), move |errand| match errand {
-            Errand::Open { token, path, access } => {
-                let result = medium::open(&roots, &path, access, direct, alignment);
-                Some((token, result, path))
+            Errand::Open { token, image, access, left } => {
+                let mut opener = Opener {
+                    roots: &roots,
+                    servers: &servers,
+                    left: &left,
+                    access,
+                    direct,
+                    least: alignment,
+                };
+                Some((token, opener.open(&image), image))
             }
             Errand::Close(file) => {
                 drop(file);
@@ -166,7 +206,12 @@ impl LinuxStorage {
             Some(Landed { tag: transfer.tag, result: calls::now(&transfer) })
         });
         let discarders =
-            Workers::new("vbdd-discard", DISCARDERS_MAX, Arc::clone(&bell), |call: Discard| Some(call.now()));
+            Workers::new("vbdd-discard", DISCARDERS_MAX, Arc::clone(&bell), |order: Order| Some(order.now()));
+        let changers =
+            Workers::new("vbdd-space", CHANGERS_MAX, Arc::clone(&bell), |order: Order| Some(order.now()));
+        let no_zeroes = |error| format!("no memory for zeroes: {error}");
+        let mut zero_pool = Pool::new(SPAN_BYTES_MAX as usize).map_err(no_zeroes)?;
+        let zeroes = zero_pool.alloc(SPAN_BYTES_MAX).unwrap_or(Span::EMPTY);
         Ok(LinuxStorage {
             pool,
             bounces,
@@ -180,12 +225,18 @@ impl LinuxStorage {
             stillborn: VecDeque::new(),
             finished: VecDeque::new(),
             refused_opens: VecDeque::new(),
+            layers: Vec::new(),
+            left: Left::default(),
             openers,
             helpers,
             discarders,
+            changers,
+            zeroes,
+            _zeroes: zero_pool,
             bell,
             continued: false,
             maps: Maps::default(),
+            remotes,
             busy: false,
         })
     }
@@ -196,9 +247,10 @@ impl LinuxStorage {
         &self.engine_text
     }
 
-    /// What the poller must watch for reading, level-triggered: at most two descriptors, the same ones for life.
+    /// What the poller must watch for reading, level-triggered: at most three descriptors, the same ones for life.
     pub fn fds(&self) -> impl Iterator<Item = RawFd> {
-        [self.engine.wake_fd(), Some(self.bell.fd())].into_iter().flatten()
+        let remotes = self.remotes.as_ref().map(Remotes::fd);
+        [self.engine.wake_fd(), Some(self.bell.fd()), remotes].into_iter().flatten()
     }
 
     /// To be called when any of [`LinuxStorage::fds`] is readable, and then all of `done` and `opened` to be taken. It costs
@@ -206,6 +258,9 @@ impl LinuxStorage {
     pub fn ready(&mut self) {
         self.engine.acknowledge();
         self.bell.answer();
+        if let Some(remotes) = &mut self.remotes {
+            remotes.ready();
+        }
     }
 
     /// Transfers that went along with another as one, since the storage was made.
@@ -238,8 +293,41 @@ impl LinuxStorage {
         self.bell.ring();
     }
 
-    fn install(&mut self, path: String, prepared: Prepared) -> Result<Opened, OpenError> {
-        let locked = prepared.locked;
+    /// Puts the files of an image into the table.
+    fn install_all(&mut self, image: Image, chain: PreparedChain) -> Result<Opened, OpenError> {
+        let mut opened = self.install(&image.path, chain.leaf)?;
+        if chain.formats.is_empty() {
+            return Ok(opened);
+        }
+        let (mut layers, mut formats) = (Vec::new(), chain.formats.into_iter());
+        let mut add = |file, identity| {
+            layers.extend(formats.next().map(|format| Layer { file, identity, format }));
+        };
+        add(opened.file, opened.identity);
+        let mut failed = None;
+        for prepared in chain.parents {
+            match self.install(&image.path, prepared) {
+                Ok(parent) => add(parent.file, parent.identity),
+                Err(error) => failed = Some(error),
+            }
+        }
+        if let Some(error) = failed {
+            layers.iter().for_each(|layer| self.close(layer.file));
+            return Err(error);
+        }
+        if let Some(leaf) = layers.first() {
+            opened.size_bytes = leaf.format.geometry().sectors * formats::SECTOR_BYTES;
+            let granularity_bytes = u32::try_from(leaf.format.unit_bytes()).unwrap_or(u32::MAX);
+            opened.discard = opened.discard.map(|_| DiscardUnit { granularity_bytes, alignment_bytes: 0 });
+        }
+        self.layers.push((opened.file, layers));
+        Ok(opened)
+    }
+
+    fn install(&mut self, path: &str, prepared: Prepared) -> Result<Opened, OpenError> {
+        let path = path.to_owned();
+        let (locked, mut prepared) = (prepared.locked, prepared);
+        let connected = prepared.remote.take();
         let Some(file) = self.files.insert(prepared) else {
             let reason = format!("{FILES_MAX} files are open already; detach disks that are not needed");
             return Err(OpenError { path, reason });
@@ -251,6 +339,12 @@ impl LinuxStorage {
                 reason: String::from("the table of files is broken (a bug in vbdd)"),
             });
         };
+        if let (Some(connected), Some(remotes)) = (connected, &mut self.remotes) {
+            if !connected.can_zero() {
+                entry.zeroing = Way::Writing;
+            }
+            entry.remote = Some(remotes.insert(*connected));
+        }
         if registers(entry) && self.engine.attach(index, entry.fd.as_fd()) {
             entry.attached = Some(index);
         }
@@ -269,6 +363,9 @@ impl LinuxStorage {
     pub(super) fn put_away(&mut self, file: FileId) {
         let Some(mut file) = self.files.remove(file) else { return };
         self.maps.unmap(&mut file.mapped);
+        if let (Some(number), Some(remotes)) = (file.remote, &mut self.remotes) {
+            remotes.remove(number);
+        }
         if let Some(index) = file.attached {
             self.engine.detach(index);
         }
@@ -282,54 +379,85 @@ impl LinuxStorage {
 
     /// What can be said of a request before it takes a place.
     fn admit(file: &File, io: &Io) -> Result<(), StorageError> {
-        match io.kind {
-            IoKind::Write if file.access == Access::ReadOnly => return Err(StorageError::Os(libc::EROFS)),
-            IoKind::Discard { .. } if file.access == Access::ReadOnly => {
-                return Err(StorageError::Os(libc::EROFS));
-            }
-            _ => {}
+        if file.access == Access::ReadOnly && !matches!(io.kind, IoKind::Read | IoKind::Flush) {
+            return Err(StorageError::Os(libc::EROFS));
         }
         if file.closing {
             return Err(StorageError::Os(libc::EBADF));
         }
-        let length = Self::discard_length(io.kind).unwrap_or(io.span.length_bytes().into());
-        legs::check(&file.shape, io.kind, io.offset_bytes, length)
+        legs::check(&file.shape, io.kind, io.offset_bytes, io.length_bytes())
+    }
+
+    /// A request that moves bytes, or a flush, of a file that does not live in memory.
+    #[inline]
+    pub(super) fn queue_transfer(&mut self, io: Io) {
+        let Some(file) = self.files.at(io.file) else {
+            return self.end(io.token, Err(StorageError::Os(libc::EBADF)));
+        };
+        let Some(number) = self.slots.take(io) else {
+            return self.end(io.token, Err(StorageError::Os(libc::ENOBUFS)));
+        };
+        file.in_flight += 1;
+        if io.kind == IoKind::Write
+            && let Some(hazards) = &mut file.hazards
+            && !hazards.arrive(&mut self.slots, number)
+        {
+            return;
+        }
+        self.advance(number);
     }
 }
 
 impl Storage for LinuxStorage {
-    fn open(&mut self, token: u64, path: &str, access: Access) {
+    fn open_image(&mut self, token: u64, image: &Image, access: Access) {
         if self.openers.waiting() >= OPENS_WAITING_MAX {
             let reason = "too many files wait to be opened; does a file server not answer?";
-            return self.refuse_open(token, path.into(), reason);
+            return self.refuse_open(token, image.path.clone(), reason);
         }
-        if self.openers.give(Errand::Open { token, path: path.into(), access }).is_err() {
-            self.refuse_open(
-                token,
-                path.into(),
-                "no thread could be started to open it; is there memory left?",
-            );
+        if self
+            .openers
+            .give(Errand::Open { token, image: image.clone(), access, left: self.left.clone() })
+            .is_err()
+        {
+            let reason = "no thread could be started to open it; is there memory left?";
+            self.refuse_open(token, image.path.clone(), reason);
         }
+    }
+
+    fn set_left(&mut self, left: Left) {
+        self.left = left;
+    }
+
+    fn layers(&mut self, file: FileId) -> Option<Vec<Layer>> {
+        let place = self.layers.iter().position(|(leaf, _)| *leaf == file)?;
+        Some(self.layers.swap_remove(place).1)
     }
 
     fn opened(&mut self) -> Option<(u64, Result<Opened, OpenError>)> {
         if let Some(refused) = self.refused_opens.pop_front() {
             return Some(refused);
         }
-        let (token, result, path) = self.openers.take()?;
-        Some((token, result.and_then(|prepared| self.install(path, prepared))))
+        let (token, result, image) = self.openers.take()?;
+        Some((token, result.and_then(|chain| self.install_all(image, chain))))
     }
 
     fn measure(&mut self, file: FileId) -> Option<u64> {
         let file = self.files.at(file).filter(|file| !file.closing)?;
+        if file.path == Path::Remote {
+            return Some(file.shape.size);
+        }
         let size = medium::size_now(&file.fd)?;
         if size != file.shape.size {
-            file.shape = file.shape.resized(size);
+            file.resize(size);
         }
         Some(file.shape.size)
     }
 
     fn close(&mut self, file: FileId) {
+        // Of an image that nobody went on to use, the parents go along.
+        for layer in self.layers(file).into_iter().flatten().skip(1) {
+            self.close(layer.file);
+        }
         let Some(entry) = self.files.at(file) else { return };
         entry.closing = true;
         if entry.in_flight == 0 {
@@ -388,29 +516,24 @@ impl Storage for LinuxStorage {
         if let Err(error) = Self::admit(file, &io) {
             return self.end(io.token, Err(error));
         }
-        if let Some(length) = Self::discard_length(io.kind) {
-            return self.queue_discard(&io, length);
+        match io.kind {
+            IoKind::Discard { length_bytes } => self.queue_discard(&io, length_bytes),
+            IoKind::Zero { length_bytes } => self.queue_zero(&io, length_bytes),
+            IoKind::SetLength => self.queue_length(&io),
+            IoKind::Read | IoKind::Write | IoKind::Flush if file.path == Path::Memory => {
+                let result = self.copy_now(&io);
+                self.end(io.token, result);
+            }
+            IoKind::Read | IoKind::Write | IoKind::Flush => self.queue_transfer(io),
         }
-        if file.path == Path::Memory {
-            let result = self.copy_now(&io);
-            return self.end(io.token, result);
-        }
-        let Some(number) = self.slots.take(io) else {
-            return self.end(io.token, Err(StorageError::Os(libc::ENOBUFS)));
-        };
-        file.in_flight += 1;
-        if io.kind == IoKind::Write
-            && let Some(hazards) = &mut file.hazards
-            && !hazards.arrive(&mut self.slots, number)
-        {
-            return;
-        }
-        self.advance(number);
     }
 
     fn trim(&mut self) {
         self.pool.trim();
         self.bounces.trim();
+        if let Some(remotes) = &mut self.remotes {
+            remotes.trim();
+        }
         for file in self.files.all() {
             self.maps.unmap(&mut file.mapped);
         }
@@ -421,6 +544,9 @@ impl Storage for LinuxStorage {
         self.maps.next_turn();
         self.continued = false;
         self.end_run();
+        if let Some(remotes) = &mut self.remotes {
+            remotes.submit();
+        }
         let mut all = self.engine.submit();
         while all && !self.unpushed.is_empty() {
             let before = self.unpushed.first();
@@ -450,7 +576,9 @@ impl Storage for LinuxStorage {
                 self.land(landed);
             } else if let Some(landed) = self.stillborn.pop_front() {
                 self.land(landed);
-            } else if let Some(landed) = self.discarders.take() {
+            } else if let Some(landed) = self.remotes.as_mut().and_then(Remotes::landed) {
+                self.land(landed);
+            } else if let Some(landed) = self.discarders.take().or_else(|| self.changers.take()) {
                 self.land(landed);
             } else {
                 if self.continued || !self.unpushed.is_empty() || !self.merges.is_empty() {

@@ -51,12 +51,18 @@ struct Chunk {
 const FREE: Chunk =
     Chunk { present: [0; WORDS], touched: 0, owner: None, used_in: 0, recent: false, misses: 0 };
 
-/// A file's mapping. It covers the whole pages that the file had when it was made, for as long as it lives; giving up a
-/// chunk only drops page tables.
+/// A file's mapping. It covers the whole pages that the file had when it was made, or has grown to since, for as long as it
+/// lives; giving up a chunk only drops page tables. Pages behind the file's end, if it was cut, are not known to be there.
 #[derive(Debug)]
 pub(super) struct Mapping {
     base: usize,
     length: u64,
+    /// Address space from `base` on that is kept for a file that grows: at least `length`.
+    reserved: u64,
+    /// Turn in which any of it was last handed out.
+    used_in: u32,
+    /// The file has outgrown it: nothing is handed out until it can be made anew.
+    outgrown: bool,
     protection: ProtFlags,
     /// The place of each chunk among [`Maps::chunks`], plus one; 0 for none.
     chunks: Vec<u16>,
@@ -71,7 +77,9 @@ impl Mapping {
             return None;
         }
         let bytes = usize::try_from(length).ok()?;
-        let reserved = bytes + CHUNK_LENGTH;
+        // Twice its size, so that a file that grows all the time is mapped anew a few times only.
+        let kept = usize::try_from((2 * length).min(MAPPED_FILE_BYTES_MAX)).ok()?;
+        let reserved = kept + CHUNK_LENGTH;
         // SAFETY: a reservation without access at an address of the kernel's choice replaces nothing.
         let start = unsafe {
             rustix::mm::mmap_anonymous(
@@ -86,13 +94,21 @@ impl Mapping {
         let protection = if writable { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::READ };
         let count = usize::try_from(length.div_ceil(CHUNK_BYTES)).ok()?;
         // From here on dropping it unmaps.
-        let mapping = Mapping { base, length, protection, chunks: vec![0; count] };
+        let mapping = Mapping {
+            base,
+            length,
+            reserved: kept as u64,
+            used_in: 0,
+            outgrown: false,
+            protection,
+            chunks: vec![0; count],
+        };
         // SAFETY: the edges of the reservation just made, in whole pages, which nobody knows of.
         unsafe {
             if base > start {
                 let _ = rustix::mm::munmap(start as *mut _, base - start);
             }
-            let end = base + bytes;
+            let end = base + kept;
             if start + reserved > end {
                 let _ = rustix::mm::munmap(end as *mut _, start + reserved - end);
             }
@@ -106,6 +122,19 @@ impl Mapping {
         let address = self.base + usize::try_from(offset).unwrap_or(0);
         // SAFETY: replaces a part of our own reservation, of which no reference is ever made.
         unsafe { rustix::mm::mmap(address as *mut _, bytes, self.protection, flags, file, offset) }.is_ok()
+    }
+
+    /// Maps what has been added to the file since. What is mapped already stays as it is, so spans of this turn do too.
+    fn grow(&mut self, file: BorrowedFd<'_>, size: u64) {
+        let wanted = size - size % PAGE_BYTES;
+        let length = wanted.min(self.reserved);
+        self.outgrown |= wanted > length && length < MAPPED_FILE_BYTES_MAX;
+        let more = length.saturating_sub(self.length);
+        let count = usize::try_from(length.div_ceil(CHUNK_BYTES)).unwrap_or(0);
+        if more > 0 && usize::try_from(more).is_ok_and(|more| self.map(file, self.length, more)) {
+            self.length = length;
+            self.chunks.resize(count, 0);
+        }
     }
 
     fn chunk_bytes(&self, chunk: u32) -> usize {
@@ -132,8 +161,8 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        let bytes = usize::try_from(self.length).unwrap_or(0);
-        // SAFETY: our own mapping; spans in it live no longer than the turn that they were made in.
+        let bytes = usize::try_from(self.reserved).unwrap_or(0);
+        // SAFETY: our own mapping, and what is reserved behind it; spans in it live no longer than the turn that they were made in.
         let _ = unsafe { rustix::mm::munmap(self.base as *mut _, bytes) };
     }
 }
@@ -198,14 +227,28 @@ impl Maps {
     /// The bytes that `wish` names, if all their pages are known to be allocated.
     #[inline]
     pub(super) fn find(&mut self, mapped: &mut Mapped, wish: &Wish<'_>) -> Answer {
+        if wish.size < PAGE_BYTES {
+            return Answer::No;
+        }
         if let Mapped::No = mapped {
             *mapped = Mapping::new(wish.fd, wish.size, wish.writable).map_or(Mapped::Never, Mapped::Yes);
         }
         let Mapped::Yes(mapping) = mapped else { return Answer::No };
-        let Some(end) = wish.offset.checked_add(wish.length.into()).filter(|end| *end <= mapping.length)
-        else {
+        let Some(end) = wish.offset.checked_add(wish.length.into()).filter(|end| *end <= wish.size) else {
             return Answer::No;
         };
+        if end > mapping.length {
+            mapping.grow(wish.fd, wish.size);
+        }
+        if mapping.outgrown {
+            if self.turn.wrapping_sub(mapping.used_in) >= 2 {
+                self.unmap(mapped);
+            }
+            return Answer::No;
+        }
+        if end > mapping.length {
+            return Answer::No;
+        }
         let (Ok(first), Ok(last)) =
             (u32::try_from(wish.offset / CHUNK_BYTES), u32::try_from((end - 1) / CHUNK_BYTES))
         else {
@@ -231,6 +274,7 @@ impl Maps {
             chunk.used_in = self.turn;
             chunk.recent = true;
         }
+        mapping.used_in = self.turn;
         let address = mapping.base + usize::try_from(wish.offset).unwrap_or(0);
         // SAFETY: the range lies in the mapping, which stays for this turn; the pump names the span to the hypervisor
         // only, as `Storage::direct` demands.

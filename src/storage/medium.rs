@@ -6,9 +6,10 @@ use std::sync::Arc;
 use rustix::fs::{AtFlags, FlockOperation, OFlags, SeekFrom, StatxFlags};
 use rustix::io::Errno;
 
-use super::discards::punch;
+use super::changes::punch;
 use super::legs::{BLOCK_BYTES_MAX, SECTOR_BYTES, Shape};
 use super::linux::Alignment;
+use super::remote::Connected;
 use super::{Access, DiscardUnit, Identity, OpenError};
 use crate::images::{Image, Roots, explain};
 
@@ -32,6 +33,8 @@ pub(super) enum Path {
     Cached,
     /// At once, by the calling thread: the file lives in memory.
     Memory,
+    /// By a server: its descriptor here stands for it, and no transfer goes there.
+    Remote,
 }
 
 /// An opened image, on its way from the opener to the owner of the file table.
@@ -46,7 +49,11 @@ pub(super) struct Prepared {
     pub identity: Identity,
     pub physical_block_bytes: u32,
     pub discard: Option<DiscardUnit>,
+    /// The unit in which the file system keeps it, in bytes: what zeroes of less are to be written.
+    pub unit_bytes: u32,
     pub locked: bool,
+    /// The connection to its server.
+    pub remote: Option<Box<Connected>>,
 }
 
 /// Opens what `path` names.
@@ -81,6 +88,20 @@ pub(super) fn open(
     cached(fd, in_memory)
 }
 
+impl Prepared {
+    /// Looks at the size again: a repair may have cut the file.
+    pub(super) fn remeasure(&mut self, path: &str) -> Result<(), OpenError> {
+        if self.path == Path::Remote {
+            return Ok(());
+        }
+        let size = size(path, &self.fd)?;
+        if size != self.shape.size {
+            self.shape = self.shape.resized(size, self.tail.is_some());
+        }
+        Ok(())
+    }
+}
+
 struct Opening<'a> {
     roots: &'a Roots,
     image: &'a Image,
@@ -105,8 +126,11 @@ impl Opening<'_> {
     fn direct(&self, path: &str, fd: OwnedFd, block: u32, memory: u32) -> Result<Prepared, OpenError> {
         let fail = |errno| explain(path, errno, Some(self.access));
         let shape = Shape::new(size(path, &fd)?, block, memory);
+        // A file may get a ragged end yet, if its length changes by less than a block.
+        let may_get_ragged =
+            block > SECTOR_BYTES && self.access != Access::ReadOnly && !self.image.is_device();
         let tail = match shape.tail {
-            u64::MAX => None,
+            u64::MAX if !may_get_ragged => None,
             _ => Some(self.attempt(OFlags::empty()).map_err(fail)?),
         };
         Ok(self.prepared(fd, tail, Path::Direct, shape))
@@ -123,7 +147,23 @@ impl Opening<'_> {
         let (access, identity) = (self.access, self.image.identity);
         let locked = access != Access::ReadWrite || self.image.is_device() || lock(&fd);
         let discard = if access == Access::ReadOnly { None } else { discard_unit(&fd, self.image, shape) };
-        Prepared { fd, tail, path, shape, access, identity, physical_block_bytes, discard, locked }
+        let unit_bytes = match path {
+            Path::Memory => SECTOR_BYTES,
+            _ => unit(&fd, self.image).max(shape.block),
+        };
+        Prepared {
+            fd,
+            tail,
+            path,
+            shape,
+            access,
+            identity,
+            physical_block_bytes,
+            discard,
+            unit_bytes,
+            locked,
+            remote: None,
+        }
     }
 }
 
@@ -231,6 +271,7 @@ fn trial(fd: &OwnedFd, block: u32, memory: u32) -> Result<(), Errno> {
 fn physical_block(fd: &OwnedFd, image: &Image, block: u32) -> u32 {
     let told = match image.identity {
         Identity::Device { .. } => rustix::fs::ioctl_blkpbszget(fd).ok(),
+        Identity::Remote { .. } => None,
         Identity::File { device, .. } => from_sysfs(device),
     };
     let least = block.max(SECTOR_BYTES);
@@ -241,15 +282,23 @@ fn physical_block(fd: &OwnedFd, image: &Image, block: u32) -> u32 {
 /// The largest unit of discard that is believed, in bytes.
 const DISCARD_BYTES_MAX: u32 = 64 << 20;
 
+/// What a file system keeps a file in, or the largest block of a device, in bytes.
+fn unit(fd: &OwnedFd, image: &Image) -> u32 {
+    if image.is_device() {
+        return SECTOR_BYTES;
+    }
+    let told = rustix::fs::fstat(fd).ok().and_then(|stat| u32::try_from(stat.st_blksize).ok());
+    told.filter(|bytes| bytes.is_power_of_two() && *bytes <= DISCARD_BYTES_MAX)
+        .unwrap_or(BLOCK_BYTES_MAX)
+        .max(SECTOR_BYTES)
+}
+
 /// The units in which the medium lets content go; `None` where it cannot.
 fn discard_unit(fd: &OwnedFd, image: &Image, shape: Shape) -> Option<DiscardUnit> {
     let unit = match image.identity {
         Identity::Device { number } => device_discard_unit(number)?,
-        Identity::File { .. } => {
-            let told = rustix::fs::fstat(fd).ok().and_then(|stat| u32::try_from(stat.st_blksize).ok());
-            let granularity_bytes = told.filter(|bytes| bytes.is_power_of_two()).unwrap_or(BLOCK_BYTES_MAX);
-            DiscardUnit { granularity_bytes, alignment_bytes: 0 }
-        }
+        Identity::Remote { .. } => return None,
+        Identity::File { .. } => DiscardUnit { granularity_bytes: unit(fd, image), alignment_bytes: 0 },
     };
     let granularity_bytes = unit.granularity_bytes.max(shape.block).max(SECTOR_BYTES);
     let sane = granularity_bytes.is_multiple_of(SECTOR_BYTES) && granularity_bytes <= DISCARD_BYTES_MAX;

@@ -7,7 +7,7 @@ use super::engine::{Action, Engine, Landed, Transfer};
 use super::legs::{self, BOUNCE_BYTES, Next, Way};
 use super::linux::LinuxStorage;
 use super::medium::Path;
-use super::slots::{Fifo, Slot, Stage};
+use super::slots::{Fifo, NONE, Slot, Stage};
 use super::{Io, IoKind, StorageError};
 use crate::buffers::Span;
 
@@ -21,9 +21,14 @@ impl LinuxStorage {
         let Some(file) = self.files.at(slot.io.file) else {
             return self.finish(number, Err(StorageError::Os(libc::EBADF)));
         };
-        if slot.io.kind == IoKind::Flush {
-            self.slots.at_mut(number).stage = Stage::Sync;
-            return self.launch(number);
+        match slot.io.kind {
+            IoKind::Flush => {
+                self.slots.at_mut(number).stage = Stage::Sync;
+                return self.launch(number);
+            }
+            // It has waited for other writes.
+            IoKind::Zero { .. } => return self.zero_next(number),
+            _ => {}
         }
         let offset = slot.io.offset_bytes + u64::from(slot.at);
         let left = slot.io.span.length_bytes() - slot.at;
@@ -93,8 +98,11 @@ impl LinuxStorage {
         let slot = self.slots.at(number);
         let tail = slot.leg.way == Way::Tail && slot.stage == Stage::Move;
         let Some(file) = self.files.at(slot.io.file) else { return };
+        if file.path == Path::Remote {
+            return self.launch_remotely(number);
+        }
         let action = match slot.stage {
-            Stage::Sync | Stage::Discard => Action::Sync,
+            Stage::Sync | Stage::Discard | Stage::Zero | Stage::Length => Action::Sync,
             Stage::Fetch | Stage::Fill => Action::Read,
             Stage::Store => Action::Write,
             Stage::Move if slot.io.kind == IoKind::Read => Action::Read,
@@ -111,6 +119,8 @@ impl LinuxStorage {
         };
         let cached = tail || file.path == Path::Cached;
         let synchronous = match action {
+            // Zeroes that a file in memory has to be given by writing, and that are too many to be given at once.
+            _ if file.path == Path::Memory => true,
             Action::Sync => !self.engine.syncs(),
             _ => cached && self.engine.blocks_on_cached_files(),
         };
@@ -156,8 +166,10 @@ impl LinuxStorage {
         }
         let number = landed.tag;
         let slot = *self.slots.at(number);
-        if slot.stage == Stage::Discard {
-            return self.discard_landed(number, calls::answer(landed.result));
+        match slot.stage {
+            Stage::Discard => return self.discard_landed(number, calls::answer(landed.result)),
+            Stage::Zero | Stage::Length => return self.change_landed(number, calls::answer(landed.result)),
+            Stage::Move | Stage::Fetch | Stage::Fill | Stage::Store | Stage::Sync => {}
         }
         let Some(file) = self.files.at(slot.io.file) else { return };
         match calls::answer(landed.result) {
@@ -251,7 +263,7 @@ impl LinuxStorage {
                 let (inner, outer) = Self::both_sides(place);
                 outer.copy_from(&inner);
             }
-            Stage::Move | Stage::Store | Stage::Discard => {}
+            Stage::Move | Stage::Store | Stage::Discard | Stage::Zero | Stage::Length => {}
         }
         place.at += place.leg.length;
         if place.at == place.io.span.length_bytes() {
@@ -264,7 +276,10 @@ impl LinuxStorage {
     /// A request has ended: its answer, and whoever waited for it.
     pub(super) fn finish(&mut self, number: u32, result: Result<(), StorageError>) {
         let slot = *self.slots.at(number);
-        self.end(slot.io.token, result);
+        let piece = (slot.parent != NONE).then(|| result.clone());
+        if piece.is_none() {
+            self.end(slot.io.token, result);
+        }
         if let Some(buffer) = slot.bounce {
             self.bounces.free(buffer);
         }
@@ -285,6 +300,9 @@ impl LinuxStorage {
         {
             self.continued = true;
             self.bounce(next);
+        }
+        if let Some(result) = piece {
+            self.piece_zeroed(slot.parent, result);
         }
     }
 
@@ -309,7 +327,7 @@ impl LinuxStorage {
         let action = match io.kind {
             IoKind::Read => Action::Read,
             IoKind::Write => Action::Write,
-            IoKind::Flush | IoKind::Discard { .. } => Action::Sync,
+            _ => Action::Sync,
         };
         let room = file.shape.limit.saturating_sub(io.offset_bytes);
         let length = io.span.length_bytes().min(u32::try_from(room).unwrap_or(u32::MAX));

@@ -27,6 +27,10 @@ pub(super) enum Stage {
     Sync,
     /// Lets go of content.
     Discard,
+    /// Makes a range read as zero.
+    Zero,
+    /// Changes the file's length.
+    Length,
 }
 
 /// One request.
@@ -41,8 +45,11 @@ pub(super) struct Slot {
     pub memory: Span,
     pub place: u64,
     pub moved: u32,
-    /// Where a discard ends.
+    /// Where a discard or a range of zeroes ends, and how much of it is under way.
     pub until: u64,
+    pub piece: u64,
+    /// The range of zeroes that this write is a piece of.
+    pub parent: u32,
     /// It is not to be merged with others: that was tried.
     pub alone: bool,
     /// The table of the merged transfer that begins with it.
@@ -70,6 +77,8 @@ impl Slot {
             place: 0,
             moved: 0,
             until: 0,
+            piece: 0,
+            parent: NONE,
             alone: false,
             table: NONE,
             tries: 0,

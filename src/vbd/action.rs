@@ -57,7 +57,8 @@ impl Config {
             Place::DriverDomain => Script::Ours,
         };
         let default_abi = if cfg!(target_arch = "aarch64") { Abi::Arm } else { Abi::X86_64 };
-        let terms = Terms { offered: Features::default(), in_order: false, default_abi };
+        let terms =
+            Terms { offered: Features::default(), in_order: false, detect_zeroes: false, default_abi };
         Config { own_domain, place, script, terms, attempts: 40 }
     }
 }

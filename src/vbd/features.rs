@@ -74,6 +74,8 @@ pub struct Terms {
     pub offered: Features,
     /// Its answers come in the order of its requests (OpenBSD takes them by position).
     pub in_order: bool,
+    /// Writes of nothing but zeroes take no space, where the image has a format.
+    pub detect_zeroes: bool,
     /// The ABI of a frontend that does not say.
     pub default_abi: Abi,
 }
@@ -106,7 +108,7 @@ impl Terms {
             self.option(word).map_err(|()| {
                 let shown: String = word.escape_default().take(40).collect();
                 format!(
-                    "\"{shown}\", which is no option: in-order, barrier, persistent=0|1, discard=0|1, \
+                    "\"{shown}\", which is no option: in-order, barrier, detect-zeroes, persistent=0|1, discard=0|1, \
                      max-queues=N, max-ring-page-order=N, protocol=ABI"
                 )
             })?;
@@ -130,6 +132,7 @@ impl Terms {
         let offered = &mut self.offered;
         match name {
             "in-order" => self.in_order = flag()?,
+            "detect-zeroes" => self.detect_zeroes = flag()?,
             "persistent" => offered.persistent &= flag()?,
             "discard" => offered.discard &= flag()?,
             // Barriers are served in any case; few frontends want to hear of them beside flushes.
@@ -164,6 +167,7 @@ mod tests {
             discard: true,
         },
         in_order: false,
+        detect_zeroes: false,
         default_abi: Abi::X86_64,
     };
 
@@ -182,6 +186,7 @@ mod tests {
         assert_eq!(terms(&[("vbdd", " ,")]), Ok(USUAL));
         let with = |text: &'static str| terms(&[("vbdd", text)]).unwrap();
         assert!(with("in-order").in_order && !with("in-order=0").in_order);
+        assert!(with("detect-zeroes").detect_zeroes && !with("detect-zeroes=0").detect_zeroes);
         assert!(with("barrier").offered.barrier && !with("barrier=0").offered.barrier);
         assert_eq!(with("max-queues=2 max-ring-page-order=0").offered.queues_max, 2);
         assert_eq!(with("max-queues=8").offered.queues_max, 4, "4 is all that is served");

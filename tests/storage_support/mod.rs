@@ -1,7 +1,8 @@
 //! What the storage tests share: a directory that goes away, and a storage that is waited for as the reactor does.
-#![allow(dead_code, missing_docs, unreachable_pub, clippy::unwrap_used)]
+#![allow(dead_code, missing_docs, unreachable_pub, clippy::unwrap_used, clippy::panic)]
 
 pub mod faulty;
+pub mod servers;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -185,4 +186,22 @@ impl Rig {
         let token = self.queue(file, IoKind::Flush, 0, Span::EMPTY);
         self.finish(token)
     }
+}
+
+/// Every way a file can be served: both engines, past and through the page cache, and in memory.
+pub fn everywhere(name: &str, mut test: impl FnMut(&mut Rig, &Directory, &str)) {
+    for engine in [EngineChoice::Uring, EngineChoice::Aio] {
+        for direct in [true, false] {
+            let directory = on_disk(name);
+            let mut rig = Rig::new(&Options { direct, ..options(&directory.0, engine) });
+            test(&mut rig, &directory, &format!("{engine:?}, direct {direct}"));
+        }
+        let directory = in_memory(name);
+        let mut rig = Rig::new(&options(&directory.0, engine));
+        test(&mut rig, &directory, &format!("{engine:?}, in memory"));
+    }
+}
+
+pub fn pattern(length: usize, seed: usize) -> Vec<u8> {
+    (0..length).map(|at| u8::try_from((at / 7 + at * seed + seed) % 251).unwrap()).collect()
 }

@@ -46,7 +46,7 @@ fn nodes_of_the_toolstack_that_make_no_sense() {
         ("frontend", "/local/domain/8/device/vbd/51712", "frontend"),
         ("frontend", "/local/domain/7/device/vbd/51713", "frontend"),
         ("frontend-id", "8", "frontend-id"),
-        ("params", "qcow2:/a", "qcow2"),
+        ("params", "qcow:/a", "qcow"),
         ("params", "", "no medium"),
         ("params", "../a", "absolute"),
         ("mode", "x", "mode"),

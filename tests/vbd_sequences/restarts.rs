@@ -117,7 +117,7 @@ fn an_image_that_is_missing_at_a_take_over_is_waited_for() {
 fn nodes_that_make_no_sense_to_a_successor_do_not_close_a_disk_in_use() {
     let mut host = Host::connected(DRIVER);
     host.killed();
-    host.put(BE, "params", "qcow2:/a");
+    host.put(BE, "params", "qcow:/a");
     host.run();
     host.changed = true;
     host.run();

@@ -4,8 +4,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::rc::Rc;
 
 use rings::Offers;
+use vbdd::params::Format;
 use vbdd::pump::{DiskId, DiskPlan, Pump, PumpEvent, QueueId, RingPlan};
-use vbdd::storage::Storage;
+use vbdd::storage::{Access, Storage};
 
 use super::hypervisor::SimXen;
 use super::journals::SimJournals;
@@ -131,12 +132,24 @@ impl Backend {
             for at in 0..backend.vbds.len() {
                 let vbd = backend.vbds[at].clone();
                 let pump = backend.pump.as_mut().unwrap();
-                let file = pump.storage.open_image(vbd.image);
+                let image = shared.media.borrow().image(vbd.image);
+                let (file, layers) = if image.format == Format::Raw {
+                    (pump.storage.open_number(vbd.image), None)
+                } else {
+                    let access = if vbd.read_only { Access::ReadOnly } else { Access::ReadWrite };
+                    pump.storage.open_image(0, &image, access);
+                    let opened = pump.storage.opened().unwrap().1.unwrap();
+                    (opened.file, pump.storage.layers(opened.file))
+                };
                 // What lies on no device of limited speed has one for itself.
                 let device = shared.media.borrow().device_of.get(&vbd.image).copied();
                 let device = device.unwrap_or(1000 + vbd.image) as u64;
                 let plan = DiskPlan::new(file, vbd.sectors, vbd.read_only);
-                backend.disks.push(pump.add_disk(&DiskPlan { offers, in_order, device, ..plan }));
+                let plan = DiskPlan { offers, in_order, device, ..plan };
+                backend.disks.push(match layers {
+                    Some(layers) => pump.add_chain(&plan, layers),
+                    None => pump.add_disk(&plan),
+                });
             }
             for at in 0..backend.lines.len() {
                 backend.attach(at);
@@ -220,6 +233,10 @@ impl Backend {
                     self.synced.push((*disk, *durable));
                     continue;
                 }
+                PumpEvent::Corrupt(_, corruption) => {
+                    self.shared.fail(format!("a sound image is said to be damaged: {corruption}"));
+                    continue;
+                }
             };
             let Some(line) = self.lines.iter_mut().find(|line| line.queue == Some(of)) else {
                 self.shared.fail(format!("{event:?} of a queue that is not attached"));
@@ -235,7 +252,7 @@ impl Backend {
                 }
                 PumpEvent::Misbehaved(..) => line.misdeeds += 1,
                 PumpEvent::StorageFailed(..) => line.storage_failures += 1,
-                PumpEvent::Synced(..) => {}
+                PumpEvent::Synced(..) | PumpEvent::Corrupt(..) => {}
             }
         }
     }

@@ -16,6 +16,7 @@
 )]
 
 pub mod backend;
+pub mod chains;
 pub mod clock;
 pub mod device;
 pub mod guest;
@@ -64,6 +65,8 @@ pub enum Plant {
     CopySkipped,
     /// The journal forgets a request that was taken.
     JournalForgets,
+    /// What a killed process had changed of an image is not put back.
+    NothingLeft,
     /// A write is done one sector further.
     WriteMisplaced,
     /// A failed write is reported as done.

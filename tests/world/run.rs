@@ -3,11 +3,12 @@
 use std::rc::Rc;
 
 use rings::Abi;
+use vbdd::params::Format;
 
 use super::backend::{Backend, Vbd};
 use super::guest::{Habits, SaneGuest};
 use super::model::DiskModel;
-use super::{Actor, Shared};
+use super::{Actor, Shared, chains};
 
 /// Steps after which a run is taken to go nowhere.
 const STEPS_MAX: u64 = 2_000_000;
@@ -33,6 +34,15 @@ impl World {
         let name = format!("/images/{}", models.len());
         let image = self.shared.media.borrow_mut().create(&name, sectors, read_only);
         models.push(DiskModel::new(image, sectors, read_only));
+        models.len() - 1
+    }
+
+    /// Makes an image with a format over a raw one that holds the model's first content.
+    pub fn add_chain(&mut self, sectors: usize, format: Format) -> usize {
+        let name = format!("/images/{}", self.shared.models.borrow().len());
+        let image = chains::create(&self.shared, &name, sectors, format);
+        let mut models = self.shared.models.borrow_mut();
+        models.push(DiskModel::new(image, sectors, false));
         models.len() - 1
     }
 
@@ -157,11 +167,35 @@ impl World {
                 self.backend.detach(at, true);
             }
         }
+        if !self.shared.media.borrow().formats.is_empty() {
+            self.close_disks()?;
+        }
         self.shared.check()?;
         if !self.shared.vault.borrow().names().is_empty() {
             return Err("a journal is left over".to_owned());
         }
         self.backend.check_empty()
+    }
+
+    /// Leaves the images clean.
+    fn close_disks(&mut self) -> Result<(), String> {
+        while self.backend.pump.is_none() {
+            self.backend.start();
+        }
+        let disks = self.backend.disks.clone();
+        self.backend.synced.clear();
+        for disk in &disks {
+            self.backend.with(|pump| pump.close_disk(*disk));
+        }
+        while self.backend.synced.len() < disks.len() {
+            if !self.step()? {
+                return Err(format!("never closed: {}", self.describe()));
+            }
+        }
+        match self.backend.synced.iter().all(|(_, durable)| *durable) {
+            true => Ok(()),
+            false => Err("an image was not closed well".to_owned()),
+        }
     }
 
     /// The domain of a vbd dies, and its queues are aborted. No copy may touch the domain from then on.
@@ -196,10 +230,12 @@ impl World {
 
     /// Checks every sector of every disk while nothing is in flight.
     pub fn check_media(&self) -> Result<(), String> {
-        let media = self.shared.media.borrow();
         for model in self.shared.models.borrow().iter() {
+            let content = chains::contents(&self.shared, model.image)?;
             for sector in 0..model.size() {
-                model.check_now(sector, media.visible(model.image, sector as usize))?;
+                model.check_now(sector, &content[sector as usize]).map_err(|what| {
+                    format!("{}: {what}", self.shared.media.borrow().image(model.image).path)
+                })?;
             }
         }
         Ok(())
@@ -210,10 +246,10 @@ impl World {
         self.backend.pump = None;
         let shared = &self.shared;
         shared.media.borrow_mut().power_loss(torn, &mut |n| shared.index(n));
-        let media = shared.media.borrow();
         for model in shared.models.borrow().iter() {
+            let content = chains::contents(shared, model.image)?;
             for sector in 0..model.size() {
-                model.check_survivor(sector, media.durable(model.image, sector as usize), torn)?;
+                model.check_survivor(sector, &content[sector as usize], torn)?;
             }
         }
         Ok(())
@@ -231,6 +267,12 @@ impl Drop for World {
 
 /// A world of sane guests, drawn from the seed: disks, queues, ABIs, ring sizes, depths, mixes.
 pub fn sane_world(seed: u64, requests: u32) -> World {
+    sane_world_on(seed, requests, false)
+}
+
+/// The same; with `formats`, on images that have one. These are never discarded from: what reads as zero then is another
+/// matter than with raw images.
+pub fn sane_world_on(seed: u64, requests: u32, formats: bool) -> World {
     // The smallest arena holds one chunk: 256 pages, 23 of the largest requests.
     let mut world = World::new(seed, 1 << 20);
     let shared = world.shared.clone();
@@ -243,7 +285,11 @@ pub fn sane_world(seed: u64, requests: u32) -> World {
     let in_order = world.backend.in_order;
     for n in 0..guests {
         let sectors = 200 + shared.index(300);
-        let disk = world.add_image(sectors, false);
+        let disk = match (formats, shared.index(4)) {
+            (false, _) => world.add_image(sectors, false),
+            (true, 0) => world.add_chain(sectors, Format::Vhd),
+            (true, _) => world.add_chain(sectors, Format::Qcow2),
+        };
         let abi = [Abi::X86_64, Abi::X86_32, Abi::Arm][shared.index(3)];
         world.add_guest(Habits {
             queues: 1 + shared.index(3),
@@ -258,7 +304,7 @@ pub fn sane_world(seed: u64, requests: u32) -> World {
             reads: shared.below(12),
             flushes: shared.below(4),
             flushes_with_data: shared.below(3),
-            discards: shared.below(3),
+            discards: if formats { 0 } else { shared.below(3) },
             barriers: shared.below(2),
             odd: shared.below(2),
             persistent,

@@ -1,22 +1,29 @@
 //! Storage in memory: latency, reordering, errors, and a volatile cache that power loss empties as it likes.
 //!
 //! A write becomes visible when it completes and durable when a flush ends that was queued after its `Done` was taken.
-//! Until then every version of a sector that was ever in the cache may be the one that survives.
+//! Until then every version of a sector that was ever in the cache may be the one that survives. The same goes for an image's
+//! length: until a flush any that it has had since the last one may be the one that survives.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
 
 use vbdd::buffers::{Pool, Span};
+use vbdd::keep::Left;
+use vbdd::params::{Format, Image};
 use vbdd::storage::{
-    Access, DiscardUnit, Done, FileId, Identity, Io, IoKind, OpenError, Opened, Storage, StorageError,
+    Access, DiscardUnit, Done, FileId, Identity, Io, IoKind, Layer, OpenError, Opened, Storage, StorageError,
 };
 
+use super::chains;
 use super::device::Device;
 use super::model::sector_bytes;
 use super::{Plant, Shared};
 
 pub const SECTOR: usize = 512;
 type Sector = [u8; SECTOR];
+
+/// How much longer than at first an image can get before its medium is full, in sectors: 32 MiB.
+pub const GROWTH: usize = 64 << 10;
 
 /// The units in which every image lets content go: odd on purpose.
 pub const UNIT: DiscardUnit = DiscardUnit { granularity_bytes: 4096, alignment_bytes: 1536 };
@@ -41,6 +48,11 @@ pub struct File {
     /// Writes with a `Done` that was taken, and that no flush has covered yet.
     taken: BTreeSet<u64>,
     taken_last: u64,
+    /// Its length after a power loss at best, in sectors, and what it has been since, oldest first, by which change.
+    durable_sectors: usize,
+    lengths: Vec<(u64, usize)>,
+    /// How long it can get, in sectors.
+    room: usize,
 }
 
 #[derive(Debug)]
@@ -56,21 +68,23 @@ struct Running {
 }
 
 impl Running {
-    /// What of the image a discard lets go, in bytes; whole units only.
-    fn discarded(&self) -> Option<(u64, u64)> {
+    /// What of the image a discard lets go (whole units only), or is zeroed, in bytes.
+    fn emptied(&self) -> Option<(u64, u64)> {
+        let from = self.io.offset_bytes;
         match self.io.kind {
-            IoKind::Discard { length_bytes } => Some(UNIT.within(self.io.offset_bytes, length_bytes)),
+            IoKind::Discard { length_bytes } => Some(UNIT.within(from, length_bytes)),
+            IoKind::Zero { length_bytes } => Some((from, from + length_bytes)),
             _ => None,
         }
     }
 
     fn first_sector(&self) -> usize {
-        self.discarded().map_or(self.io.offset_bytes, |(from, _)| from) as usize / SECTOR
+        self.emptied().map_or(self.io.offset_bytes, |(from, _)| from) as usize / SECTOR
     }
 
-    /// Sectors that a write or discard changes.
+    /// Sectors that a write, a discard or a range of zeroes changes.
     fn sectors(&self) -> usize {
-        self.discarded().map_or(self.data.len(), |(from, to)| (to - from) as usize) / SECTOR
+        self.emptied().map_or(self.data.len(), |(from, to)| (to - from) as usize) / SECTOR
     }
 }
 
@@ -105,23 +119,71 @@ pub struct Media {
     /// Devices of limited speed, and on which of them an image lies. Other transfers take what `Faults` says.
     pub devices: Vec<Device>,
     pub device_of: BTreeMap<usize, usize>,
+    /// Images that have a format.
+    pub formats: BTreeMap<usize, Format>,
 }
 
 impl Media {
     /// An image whose sectors hold the model's first content.
     pub fn create(&mut self, path: &str, sectors: usize, read_only: bool) -> usize {
-        let content: Vec<Sector> = (0..sectors).map(|sector| sector_bytes(0, sector as u64)).collect();
+        // Room for all that it may become: grant copies may go straight to a sector, which must not move then.
+        let room = sectors + GROWTH;
+        let mut content: Vec<Sector> = Vec::with_capacity(room);
+        content.extend((0..sectors).map(|sector| sector_bytes(0, sector as u64)));
         self.images.push(File {
             path: path.to_owned(),
             read_only,
-            visible: content.clone(),
-            durable: content,
+            durable: content.clone(),
+            visible: content,
             cached: BTreeMap::new(),
             forgotten: BTreeMap::new(),
             taken: BTreeSet::new(),
             taken_last: 0,
+            durable_sectors: sectors,
+            lengths: Vec::new(),
+            room,
         });
         self.images.len() - 1
+    }
+
+    /// How an image is to be opened.
+    pub fn image(&self, image: usize) -> Image {
+        let format = self.formats.get(&image).copied().unwrap_or(Format::Raw);
+        Image { format, path: self.images[image].path.clone() }
+    }
+
+    /// The image that goes by a path, and whether it is read-only.
+    pub fn find(&self, path: &str) -> Option<(usize, bool)> {
+        let image = self.images.iter().position(|image| image.path == path)?;
+        Some((image, self.images[image].read_only))
+    }
+
+    pub fn sectors(&self, image: usize) -> usize {
+        self.images[image].visible.len()
+    }
+
+    /// What is visible of an image.
+    pub fn bytes(&self, image: usize) -> &[u8] {
+        self.images[image].visible.as_flattened()
+    }
+
+    /// Everything that was written to an image, and is visible, is durable.
+    pub fn sync(&mut self, image: usize) {
+        let image = &mut self.images[image];
+        image.cached.clear();
+        image.forgotten.clear();
+        image.taken.clear();
+        image.lengths.clear();
+        image.durable.clone_from(&image.visible);
+        image.durable_sectors = image.visible.len();
+    }
+
+    /// Somebody else changes an image: visible and durable at once.
+    pub fn overwrite(&mut self, image: usize, offset: usize, bytes: &[u8]) {
+        let image = &mut self.images[image];
+        for all in [&mut image.visible, &mut image.durable] {
+            all.as_flattened_mut()[offset..offset + bytes.len()].copy_from_slice(bytes);
+        }
     }
 
     /// True for an address in an image's own memory.
@@ -187,10 +249,14 @@ impl Media {
                     self.land(&one, n);
                 }
             }
+            if one.io.kind == IoKind::SetLength && chance() {
+                self.set_length(one.image, one.number, one.first_sector());
+            }
         }
         // Every write that landed is finished now: a later flush covers it.
         for image in &mut self.images {
             image.taken = image.cached.values().flatten().map(|version| version.write).collect();
+            image.taken.extend(image.lengths.iter().map(|(change, _)| *change));
         }
         self.injected.iter_mut().for_each(|error| error.certain = false);
     }
@@ -206,6 +272,9 @@ impl Media {
                 if pick(2) == 0 {
                     self.land(&one, n);
                 }
+            }
+            if one.io.kind == IoKind::SetLength && pick(2) == 0 {
+                self.set_length(one.image, one.number, one.first_sector());
             }
         }
         for image in &mut self.images {
@@ -228,8 +297,32 @@ impl Media {
                 }
                 image.durable[sector] = survivor;
             }
-            image.visible.clone_from(&image.durable);
+            if !image.lengths.is_empty() {
+                let mut lengths: Vec<usize> = image.lengths.drain(..).map(|(_, sectors)| sectors).collect();
+                lengths.push(image.durable_sectors);
+                image.durable_sectors = lengths[pick(lengths.len())];
+            }
+            image.durable.resize(image.durable_sectors, [0; SECTOR]);
+            image.visible.clear();
+            image.visible.extend_from_slice(&image.durable);
         }
+    }
+
+    /// The image ends elsewhere. False when its medium is full.
+    fn set_length(&mut self, image: usize, change: u64, sectors: usize) -> bool {
+        let image = &mut self.images[image];
+        if sectors > image.room {
+            return false;
+        }
+        // What is cut off reads as zero should the image ever get longer again; until a flush the cut may be undone.
+        for sector in sectors..image.visible.len() {
+            let version = Version { write: change, bytes: [0; SECTOR] };
+            image.cached.entry(sector).or_default().push(version);
+        }
+        image.visible.resize(sectors, [0; SECTOR]);
+        image.durable.resize(image.durable.len().max(sectors), [0; SECTOR]);
+        image.lengths.push((change, sectors));
+        true
     }
 
     /// Sector `n` of a write, or of what a discard lets go, reaches the cache.
@@ -256,6 +349,10 @@ impl Media {
             }
         }
         image.cached.retain(|_, versions| !versions.is_empty());
+        if let Some(newest) = image.lengths.iter().rposition(|(change, _)| flush.covers.contains(change)) {
+            image.durable_sectors = image.lengths[newest].1;
+            image.lengths.drain(..=newest);
+        }
         image.taken.retain(|write| !flush.covers.contains(write));
     }
 
@@ -278,6 +375,8 @@ impl Media {
         image.forgotten.retain(|sector, _| *sector < sectors);
         image.visible.resize(sectors, [0; SECTOR]);
         image.durable.resize(sectors, [0; SECTOR]);
+        image.durable_sectors = sectors;
+        image.lengths.clear();
     }
 
     /// The durable content of a sector; of the cache nothing is asked.
@@ -296,6 +395,8 @@ pub struct SimStorage {
     pool: Pool,
     files: Vec<Option<usize>>,
     opened: VecDeque<(u64, Result<Opened, OpenError>)>,
+    layers: Vec<(FileId, Vec<Layer>)>,
+    left: Left,
 }
 
 impl SimStorage {
@@ -305,6 +406,8 @@ impl SimStorage {
             pool: Pool::new(pool_bytes).unwrap(),
             files: Vec::new(),
             opened: VecDeque::new(),
+            layers: Vec::new(),
+            left: Left::default(),
         }
     }
 
@@ -335,9 +438,47 @@ impl SimStorage {
     }
 
     /// Opens an image by its number, without the detour over paths.
-    pub fn open_image(&mut self, image: usize) -> FileId {
+    pub fn open_number(&mut self, image: usize) -> FileId {
         self.files.push(Some(image));
         FileId(self.files.len() as u32 - 1)
+    }
+
+    fn open_raw(&mut self, path: &str, access: Access) -> Result<Opened, OpenError> {
+        let found = self.shared.media.borrow().find(path);
+        let refuse = |reason: &str| OpenError { path: path.to_owned(), reason: reason.to_owned() };
+        let (image, read_only) = found.ok_or_else(|| refuse("does not exist"))?;
+        if read_only && access == Access::ReadWrite {
+            return Err(refuse("is read-only"));
+        }
+        let size_bytes = (self.shared.media.borrow().sectors(image) * SECTOR) as u64;
+        Ok(Opened {
+            file: self.open_number(image),
+            identity: Identity::File { device: 1, inode: image as u64 },
+            size_bytes,
+            physical_block_bytes: 512,
+            direct: true,
+            discard: (!read_only).then_some(UNIT),
+            locked: true,
+        })
+    }
+
+    fn open_layers(&mut self, image: &Image, access: Access) -> Result<Opened, OpenError> {
+        let shared = self.shared.clone();
+        let layers =
+            chains::open(&shared, image, access, self.left.clone(), |number| self.open_number(number))?;
+        let leaf = &layers[0];
+        let granularity_bytes = leaf.format.unit_bytes() as u32;
+        let opened = Opened {
+            file: leaf.file,
+            identity: leaf.identity,
+            size_bytes: leaf.format.geometry().sectors * SECTOR as u64,
+            physical_block_bytes: 512,
+            direct: true,
+            discard: Some(DiscardUnit { granularity_bytes, alignment_bytes: 0 }),
+            locked: true,
+        };
+        self.layers.push((opened.file, layers));
+        Ok(opened)
     }
 
     /// Ends a transfer: applies it and says how it went.
@@ -349,14 +490,16 @@ impl SimStorage {
         let mut media = shared.media.borrow_mut();
         let rate = match one.io.kind {
             IoKind::Read => faults.read_error,
-            IoKind::Write | IoKind::Discard { .. } => faults.write_error,
+            IoKind::Write | IoKind::Discard { .. } | IoKind::Zero { .. } | IoKind::SetLength => {
+                faults.write_error
+            }
             IoKind::Flush => faults.flush_error,
         };
         let error = shared.strikes(rate);
         let hidden = match one.io.kind {
             IoKind::Write => plant == Plant::WriteErrorHidden,
             IoKind::Flush => plant == Plant::FlushErrorHidden,
-            IoKind::Read | IoKind::Discard { .. } => false,
+            _ => false,
         };
         if matches!(one.io.kind, IoKind::Discard { .. }) && media.no_discard {
             return Err(StorageError::Os(libc::EOPNOTSUPP));
@@ -392,6 +535,19 @@ impl SimStorage {
                     }
                 }
             }
+            IoKind::Zero { .. } => {
+                for n in 0..one.sectors() {
+                    if !error || shared.chance(1, 2) {
+                        media.land(one, n);
+                    }
+                }
+            }
+            IoKind::SetLength if error => {}
+            IoKind::SetLength => {
+                if !media.set_length(one.image, one.number, first) {
+                    return Err(StorageError::Os(libc::ENOSPC));
+                }
+            }
             IoKind::Flush if error => {
                 media.flush_failed.push(one.image);
                 media.forget(one, &mut || shared.chance(1, 2));
@@ -408,30 +564,26 @@ impl SimStorage {
 }
 
 impl Storage for SimStorage {
-    fn open(&mut self, token: u64, path: &str, access: Access) {
+    fn open_image(&mut self, token: u64, image: &Image, access: Access) {
         self.shared.point("open", token, 0);
-        let mut media = self.shared.media.borrow_mut();
-        let path = path.replace("//", "/");
-        let found = media.images.iter_mut().position(|image| image.path == path);
-        let answer = match found {
-            Some(image) if media.images[image].read_only && access == Access::ReadWrite => {
-                Err(OpenError { path, reason: "is read-only".to_owned() })
-            }
-            Some(image) => {
-                self.files.push(Some(image));
-                Ok(Opened {
-                    file: FileId(self.files.len() as u32 - 1),
-                    identity: Identity::File { device: 1, inode: image as u64 },
-                    size_bytes: (media.images[image].visible.len() * SECTOR) as u64,
-                    physical_block_bytes: 512,
-                    direct: true,
-                    discard: (!media.images[image].read_only).then_some(UNIT),
-                    locked: true,
-                })
-            }
-            None => Err(OpenError { path, reason: "does not exist".to_owned() }),
+        let image = Image { path: image.path.replace("//", "/"), ..image.clone() };
+        let answer = if image.format == Format::Raw {
+            self.open_raw(&image.path, access)
+        } else {
+            self.open_layers(&image, access)
         };
         self.opened.push_back((token, answer));
+    }
+
+    fn set_left(&mut self, left: Left) {
+        if self.shared.plant.get() != Plant::NothingLeft {
+            self.left = left;
+        }
+    }
+
+    fn layers(&mut self, file: FileId) -> Option<Vec<Layer>> {
+        let place = self.layers.iter().position(|(leaf, _)| *leaf == file)?;
+        Some(self.layers.swap_remove(place).1)
     }
 
     fn opened(&mut self) -> Option<(u64, Result<Opened, OpenError>)> {
@@ -444,6 +596,9 @@ impl Storage for SimStorage {
     }
 
     fn close(&mut self, file: FileId) {
+        for layer in self.layers(file).into_iter().flatten().skip(1) {
+            self.close(layer.file);
+        }
         self.shared.point("close", file.0.into(), 0);
         let Some(image) = self.files.get_mut(file.0 as usize).and_then(Option::take) else {
             return self.shared.fail(format!("{file:?} is closed and not open"));
@@ -497,15 +652,15 @@ impl Storage for SimStorage {
         };
         let mut media = self.shared.media.borrow_mut();
         let aligned = io.offset_bytes.is_multiple_of(512) && io.span.length_bytes().is_multiple_of(512);
-        let length = match io.kind {
-            IoKind::Discard { length_bytes } => length_bytes,
-            _ => io.span.length_bytes().into(),
-        };
-        let end = io.offset_bytes.saturating_add(length) as usize;
-        if !aligned || end > media.images[image].visible.len() * SECTOR {
+        let end = io.offset_bytes.saturating_add(io.length_bytes()) as usize;
+        // Formats may read past the end of their file, which reads as zero there.
+        let may_end_outside =
+            io.kind == IoKind::SetLength || io.kind == IoKind::Read && !media.formats.is_empty();
+        let inside = end <= media.images[image].visible.len() * SECTOR || may_end_outside;
+        if !aligned || !inside {
             self.shared.fail(format!("a transfer outside the image: {io:?}"));
         }
-        if media.images[image].read_only && matches!(io.kind, IoKind::Write | IoKind::Discard { .. }) {
+        if media.images[image].read_only && !matches!(io.kind, IoKind::Read | IoKind::Flush) {
             self.shared.fail("a write to an image that was opened to be read");
         }
         media.numbers += 1;
@@ -570,7 +725,7 @@ impl Storage for SimStorage {
             media.running.swap_remove(ready[self.shared.index(ready.len())])
         };
         let result = self.finish(&one);
-        if matches!(one.io.kind, IoKind::Write | IoKind::Discard { .. }) {
+        if !matches!(one.io.kind, IoKind::Read | IoKind::Flush) {
             let mut media = self.shared.media.borrow_mut();
             let image = &mut media.images[one.image];
             image.taken.insert(one.number);

@@ -26,8 +26,12 @@ pub(super) enum Flight {
     UnitIn { for_whom: Actor, layer: usize, offset_bytes: u64, cut: (usize, usize) },
     /// A part of the unpacked unit is copied to a guest.
     CopyUnit { request: u32, from: usize, length: usize },
+    /// What became known of an extent is copied to a guest.
+    StatusOut(u32),
     /// A long request lets others have their turn.
     Turn(u32),
+    /// The owner moves all data of a request, to or from where they are.
+    InPlace(u32),
     /// A format's own transfer.
     Order { tag: u64, bytes: Vec<u8> },
 }

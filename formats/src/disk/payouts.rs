@@ -29,6 +29,9 @@ impl Disk {
 
     /// The part of an extent before the first sector whose mapping is being changed.
     pub(super) fn unlocked(&self, extent: Extent) -> Step<Extent> {
+        if self.payments_out == 0 {
+            return Ok(extent);
+        }
         let locked = self.payments.iter().flatten().map(|payment| payment.payout.locked);
         let first = locked.filter(|lock| lock.overlaps(&extent)).map(|lock| lock.sector).min();
         match first {
@@ -67,6 +70,7 @@ impl Disk {
             descent: Descent::default(),
         };
         if let Some(slot) = self.payments.get_mut(place) {
+            self.payments_out += 1;
             *slot = Some(payment);
         }
         if let Some(active) = self.active(request) {
@@ -291,6 +295,7 @@ impl Disk {
 
     fn close_payment(&mut self, at: u32, result: Result<(), Failure>) {
         let Some(payment) = self.payments.get_mut(at as usize).and_then(Option::take) else { return };
+        self.payments_out -= 1;
         self.poke = true;
         self.part_ended(payment.request, result);
     }

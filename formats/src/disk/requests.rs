@@ -3,6 +3,7 @@
 use alloc::collections::VecDeque;
 
 use super::flight::Flight;
+use super::status::{STATUS_BYTES, Status};
 use super::{Actor, Descent, Disk, Op, Outcome, Payload, Request, Work, WorkId, WorkKind, bytes_of};
 use crate::error::Failure;
 use crate::format::{Prepared, Step, Wait, Zeroed};
@@ -27,13 +28,35 @@ pub(super) struct Active {
     pub(super) outstanding: u32,
     failed: Option<Failure>,
     descent: Descent,
+    /// What a status has found so far.
+    pub(super) status: Status,
 }
 
 impl Active {
     pub(super) fn new(request: Request, user: u64, epoch: Option<u64>) -> Active {
         let cursor = request.extent.sector;
-        let descent = Descent::default();
-        Active { request, user, epoch, cursor, zeroes_to_write: 0, outstanding: 0, failed: None, descent }
+        Active {
+            request,
+            user,
+            epoch,
+            cursor,
+            zeroes_to_write: 0,
+            outstanding: 0,
+            failed: None,
+            descent: Descent::default(),
+            status: Status::default(),
+        }
+    }
+
+    /// A request that needs no work.
+    pub(super) fn in_place(request: Request, user: u64, epoch: Option<u64>) -> Active {
+        let cursor = request.extent.end();
+        Active { cursor, outstanding: 1, ..Active::new(request, user, epoch) }
+    }
+
+    /// Of a write: which flushes wait for it.
+    pub(super) fn epoch(&self) -> Option<u64> {
+        self.epoch
     }
 
     fn rest(&self) -> Extent {
@@ -62,7 +85,7 @@ impl Epochs {
         self.current
     }
 
-    fn write_ends(&mut self, epoch: u64) {
+    pub(super) fn write_ends(&mut self, epoch: u64) {
         let age = crate::bytes::index(self.current.saturating_sub(epoch));
         let count = match self.closed.len().checked_sub(age) {
             Some(place) if age > 0 => self.closed.get_mut(place).map(|(writes, _)| writes),
@@ -101,16 +124,17 @@ impl Disk {
         for _ in 0..PARTS_PER_TURN {
             let Some(active) = self.active(at) else { return };
             let rest = active.rest();
-            if rest.sectors == 0 {
-                return self.end_request(at);
-            }
             let op = active.request.op;
+            if rest.sectors == 0 {
+                return if op == Op::Status { self.tell_status(at) } else { self.end_request(at) };
+            }
             if !self.flights.room() {
                 self.busy.push_back(Actor::Request(at));
                 return;
             }
             let step = match op {
                 Op::Read => self.read_some(pages, at, rest),
+                Op::Status => self.status_some(pages, at, rest),
                 _ if self.read_only => Err(Failure::ReadOnly.into()),
                 _ if self.shared.ledger.failed() => Err(Failure::SyncFailed.into()),
                 // Pages that cannot be written stay in the cache of all disks: there must not be more and more of them.
@@ -191,6 +215,29 @@ impl Disk {
             }
         }
         Ok(run.sectors)
+    }
+
+    /// Looks up the first part of what is left of a status; all of it, when no more can be told.
+    fn status_some(&mut self, pages: &mut Pages, at: u32, rest: Extent) -> Step<u64> {
+        let Some(active) = self.active(at) else { return Ok(rest.sectors) };
+        let mut descent = core::mem::take(&mut active.descent);
+        let found = self.resolve(pages, rest, &mut descent);
+        let Some(active) = self.active(at) else { return Ok(rest.sectors) };
+        active.descent = descent;
+        let (run, _) = found?;
+        let zero = matches!(run.place, Place::Zero | Place::Parent);
+        Ok(if active.status.add(run.sectors, zero) { run.sectors } else { rest.sectors })
+    }
+
+    /// Has what was found copied to the request's memory.
+    fn tell_status(&mut self, at: u32) {
+        let Some(active) = self.active(at) else { return };
+        active.status.finish();
+        active.outstanding += 1;
+        let payload = Payload::Guest { token: active.request.token, offset_bytes: 0 };
+        let id = self.flights.add(Flight::StatusOut(at));
+        let (image, kind, length_bytes) = (self.leaf_image(), WorkKind::CopyToGuest, STATUS_BYTES as u64);
+        self.out.push_back(Work { id, image, kind, offset_bytes: 0, length_bytes, payload });
     }
 
     pub(super) fn guest_memory(&mut self, at: u32, sector: u64) -> Payload {

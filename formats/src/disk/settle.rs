@@ -1,7 +1,7 @@
 //! Where things end, and those who waited try again: work that is done, pages, flushes, closing.
 
 use super::flight::Flight;
-use super::{Actor, Disk, Op, Outcome, Payload, Work, WorkId, WorkKind};
+use super::{Actor, Disk, Outcome, Payload, Work, WorkId, WorkKind};
 use crate::error::Failure;
 use crate::format::{OrderKind, Step, Wait};
 use crate::ledger::{Next, Stamp, Tick};
@@ -41,7 +41,13 @@ impl Disk {
                     self.work_failed(pages, Failure::SyncFailed);
                 }
             }
-            Flight::Guest(at) => self.part_ended(at, result),
+            Flight::InPlace(at) => {
+                self.in_place_ended(at);
+                if self.is_at_rest() {
+                    return;
+                }
+            }
+            Flight::Guest(at) | Flight::StatusOut(at) => self.part_ended(at, result),
             Flight::Payment(at) => self.payment_part(pages, at, result),
             Flight::FillIn { payment, bounce, to_bytes } => {
                 self.fill_read(pages, payment, bounce, to_bytes, result.map(|()| bytes));
@@ -79,8 +85,20 @@ impl Disk {
         self.advance(pages);
     }
 
+    /// Nobody waits for anything to end.
+    fn is_at_rest(&self) -> bool {
+        let nobody = self.ready.is_empty() && self.busy.is_empty() && self.epochs.flushes() == 0;
+        nobody && !self.poke && !self.working && self.closing.is_none()
+    }
+
     /// Runs whoever can run, until nobody can.
     pub(super) fn advance(&mut self, pages: &mut Pages) {
+        self.run(pages);
+        let length = self.layers.first().map_or(0, |leaf| leaf.format.page_bytes() as usize);
+        pages.tell_keeper(length);
+    }
+
+    fn run(&mut self, pages: &mut Pages) {
         let mut tries = 0;
         loop {
             while let Some(actor) = self.ready.pop_front() {
@@ -269,7 +287,7 @@ impl Disk {
         for _ in 0..self.busy.len() {
             let Some(actor) = self.busy.pop_front() else { return };
             let reads = match actor {
-                Actor::Request(at) => self.active(at).is_some_and(|active| active.request.op == Op::Read),
+                Actor::Request(at) => self.active(at).is_some_and(|active| !active.request.op.changes()),
                 _ => false,
             };
             if reads {

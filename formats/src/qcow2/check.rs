@@ -59,10 +59,22 @@ impl Report {
 pub enum Fix {
     /// Nothing.
     Nothing,
-    /// Leaks: what a crash leaves.
+    /// Leaks, and marks of being the only one that are missing: what a crash leaves.
     Leaks,
-    /// Refcounts that are too low, and marks of being the only one, too.
+    /// Refcounts that are too low, and marks that do not fit: what is counted too often stays.
+    Low,
+    /// All of these.
     All,
+}
+
+impl Fix {
+    fn leaks(self) -> bool {
+        matches!(self, Fix::Leaks | Fix::All)
+    }
+
+    fn low(self) -> bool {
+        matches!(self, Fix::Low | Fix::All)
+    }
 }
 
 /// Counts references to the clusters of a window.
@@ -75,11 +87,10 @@ struct Counter<'a> {
 
 impl Visitor for Counter<'_> {
     fn reference(&mut self, first: u64, count: u64, _: Kind) {
-        let end = self.from + self.counts.len() as u64;
-        for cluster in first.max(self.from)..(first + count).min(end) {
-            if let Some(count) = self.counts.get_mut(index(cluster - self.from)) {
-                *count = count.saturating_add(1);
-            }
+        let (from, to) = within(self.from, (first, count));
+        let to = to.min(self.counts.len());
+        for count in self.counts.get_mut(from..to).unwrap_or_default() {
+            *count = count.saturating_add(1);
         }
     }
 
@@ -89,6 +100,11 @@ impl Visitor for Counter<'_> {
             report.corrupt(what.what, what.at_bytes);
         }
     }
+}
+
+/// A run of clusters as indices of a window that begins at `from`; the end may lie behind the window's.
+fn within(from: u64, (first, count): (u64, u64)) -> (usize, usize) {
+    (index(first.saturating_sub(from)), index((first + count).saturating_sub(from)))
 }
 
 /// Marks of being the only one that do not fit the refcount.
@@ -104,14 +120,21 @@ struct Marks {
 const MARKS_MAX: usize = 64 << 10;
 
 impl Visitor for Marks {
-    fn reference(&mut self, first: u64, _: u64, kind: Kind) {
-        let Kind::Entry { entry_at, copied } = kind else { return };
-        let within = first.checked_sub(self.from).map(index);
-        let Some(&count) = within.and_then(|at| self.counts.get(at)) else { return };
-        if (count == 1) != copied {
-            self.count += 1;
-            if self.wrong.len() < MARKS_MAX {
-                self.wrong.push((entry_at, !copied));
+    fn reference(&mut self, first: u64, count: u64, kind: Kind) {
+        let Kind::Entries { entry_at, step, copied } = kind else { return };
+        let (from, to) = within(self.from, (first, count));
+        let to = to.min(self.counts.len());
+        let counts = self.counts.get(from..to).unwrap_or_default();
+        if counts.iter().all(|count| (*count == 1) == copied) {
+            return;
+        }
+        // A part of the run may lie before the window.
+        for (number, count) in (self.from.saturating_sub(first)..).zip(counts) {
+            if (*count == 1) != copied {
+                self.count += 1;
+                if self.wrong.len() < MARKS_MAX {
+                    self.wrong.push((entry_at + number * step, !copied));
+                }
             }
         }
     }
@@ -132,18 +155,36 @@ fn check_within(medium: &mut dyn Medium, fix: Fix, mut effort: Effort) -> Result
     if fix == Fix::All {
         crate::qcow2::blocks::add_missing(medium, &header, &mut effort)?;
     }
+    let report = recount_within(medium, &header, fix, &mut effort)?;
+    if fix != Fix::Nothing {
+        unmark(medium, &header, &report)?;
+    }
+    Ok(report)
+}
+
+/// Checks refcounts and marks against what a header names, which need not be the one that the image has now.
+///
+/// # Errors
+/// What the medium says.
+pub(crate) fn recount(medium: &mut dyn Medium, header: &Header, fix: Fix) -> Result<Report, Failure> {
+    recount_within(medium, header, fix, &mut Effort::new())
+}
+
+fn recount_within(
+    medium: &mut dyn Medium,
+    header: &Header,
+    fix: Fix,
+    effort: &mut Effort,
+) -> Result<Report, Failure> {
     let end = medium.length_bytes().div_ceil(header.shape.cluster_bytes());
     let mut report = Report { clusters: end, ..Report::default() };
     let mut from = 0;
     while from < end.max(1) {
         let length = WINDOW.min(end - from);
-        check_window(medium, &header, (from, length, end), fix, (&mut report, &mut effort))?;
+        check_window(medium, header, (from, length, end), fix, (&mut report, effort))?;
         from += WINDOW;
     }
-    check_behind(medium, &header, end, (&mut report, &mut effort))?;
-    if fix != Fix::Nothing {
-        unmark(medium, &header, &report)?;
-    }
+    check_behind(medium, header, end, (&mut report, effort))?;
     Ok(report)
 }
 
@@ -166,6 +207,8 @@ fn check_window(
     let structural = report.structural;
     let fix = if structural > 0 { Fix::Nothing } else { fix };
     let stored = compare(medium, header, (from, &counts), fix, report)?;
+    // What is counted too seldom is not alone, whatever its refcount says.
+    let trusted = report.corruptions == report.corruptions_repaired;
     // Marks are judged by the refcounts that are there after the repair.
     let mut marks = Marks { from, counts: stored, count: 0, wrong: Vec::new() };
     Walk { medium, header, end, effort }.all(&mut marks)?;
@@ -174,18 +217,23 @@ fn check_window(
     }
     let told = (marks.wrong.len().min(FINDINGS_MAX)) as u64;
     report.corruptions += marks.count - told;
-    while fix == Fix::All && !marks.wrong.is_empty() {
-        report.corruptions_repaired += marks.wrong.len() as u64;
+    let mends = |copied: bool| fix.low() || fix.leaks() && copied && trusted;
+    loop {
         let more = marks.count > marks.wrong.len() as u64;
+        let mut mended = 0;
         for (entry_at, copied) in core::mem::take(&mut marks.wrong) {
-            mark(medium, entry_at, copied)?;
+            if mends(copied) {
+                mark(medium, entry_at, copied)?;
+                mended += 1;
+            }
+        }
+        report.corruptions_repaired += mended;
+        if mended == 0 || !more {
+            return Ok(());
         }
         marks.count = 0;
-        if more {
-            Walk { medium, header, end, effort }.all(&mut marks)?;
-        }
+        Walk { medium, header, end, effort }.all(&mut marks)?;
     }
-    Ok(())
 }
 
 /// Marks an entry as the only one that names its cluster, or as one of several.
@@ -244,7 +292,7 @@ fn compare(
             // A block that is something else too is not written.
             let within = (block_at >> shape.cluster_bits).checked_sub(from).map(index);
             let alone = within.and_then(|at| counts.get(at)).is_none_or(|count| *count == 1);
-            let wanted = alone && if leak { fix != Fix::Nothing } else { fix == Fix::All };
+            let wanted = alone && if leak { fix.leaks() } else { fix.low() };
             if wanted && block_at != 0 && named <= shape.refcount_max() {
                 let (at, bytes, length) =
                     refcount_bytes(&block, shape.refcount_order, cluster % per_block, named);

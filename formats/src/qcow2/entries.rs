@@ -5,7 +5,7 @@ use crate::error::Corruption;
 use crate::format::{Context, Step};
 use crate::pages::PageRef;
 use crate::qcow2::shape::{COPIED, Cluster, OFFSET};
-use crate::qcow2::{Qcow2, bytes_of};
+use crate::qcow2::{Qcow2, Table, bytes_of};
 use crate::{Extent, Place, Run, SECTOR_BYTES};
 
 /// What L1 says of a range of the disk.
@@ -33,7 +33,7 @@ pub(super) struct At {
 impl Qcow2 {
     /// The L1 entry for a byte of the disk.
     pub(super) fn l1(&self, cx: &mut Context<'_>, guest: u64) -> Step<L1> {
-        let number = guest / self.shape.l2_covers_bytes();
+        let number = guest >> self.shape.l2_covers_bits();
         let at_bytes = self.l1.offset_bytes + number * 8;
         if number >= self.l1.entries {
             return Err(Corruption { what: "beyond the L1 table", at_bytes }.into());
@@ -59,7 +59,7 @@ impl Qcow2 {
     pub(super) fn check_host(&self, host: u64, length: u64, at_bytes: u64) -> Result<(), Corruption> {
         let wrong = |what| Err(Corruption { what, at_bytes });
         let end = host.saturating_add(length);
-        if !host.is_multiple_of(self.shape.cluster_bytes()) {
+        if self.shape.within(host) != 0 {
             return wrong("offset not aligned to a cluster");
         }
         if host >= self.space.end_bytes(&self.shape) {
@@ -67,12 +67,9 @@ impl Qcow2 {
         }
         let covers = |from: u64, to: u64| host < to && from < end;
         let cluster = self.shape.cluster_bytes();
-        let l1_end = self.l1.offset_bytes + (self.l1.entries * 8).next_multiple_of(cluster);
-        let reftable_end = self.reftable.offset_bytes + (self.reftable.entries * 8).next_multiple_of(cluster);
-        if covers(0, cluster)
-            || covers(self.l1.offset_bytes, l1_end)
-            || covers(self.reftable.offset_bytes, reftable_end)
-        {
+        let up = |bytes: u64| (bytes + cluster - 1) & !(cluster - 1);
+        let over = |table: &Table| covers(table.offset_bytes, table.offset_bytes + up(table.entries * 8));
+        if covers(0, cluster) || over(&self.l1) || over(&self.reftable) {
             return wrong("offset within the header, the L1 table or the refcount table");
         }
         Ok(())
@@ -80,10 +77,10 @@ impl Qcow2 {
 
     /// The L2 entry for a byte of the disk, in the table that L1 names.
     pub(super) fn l2_at(&self, cx: &mut Context<'_>, l1: L1, guest: u64) -> Step<At> {
-        let number = (guest >> self.shape.cluster_bits) % self.shape.l2_entries();
-        let at_bytes = l1.table + number * self.shape.entry_bytes();
+        let number = (guest >> self.shape.cluster_bits) & (self.shape.l2_entries() - 1);
+        let at_bytes = l1.table + (number << self.shape.entry_bits());
         let (page, within) = cx.page(at_bytes)?;
-        let left = (u64::from(self.shape.page_bytes()) - within as u64) / self.shape.entry_bytes();
+        let left = (u64::from(self.shape.page_bytes()) - within as u64) >> self.shape.entry_bits();
         Ok(At { page, within, entries_left: left, at_bytes })
     }
 
@@ -122,17 +119,22 @@ impl Qcow2 {
             return Ok(Run { place: Place::Parent, sectors: sectors.min(extent.sectors) });
         }
         let at = self.l2_at(cx, l1, guest)?;
-        let first = self.cluster(cx, at, 0)?;
-        let within = guest % self.shape.cluster_bytes();
-        let (place, end) = self.place_in(&first, within);
+        Ok(self.run_at(cx, at, &self.cluster(cx, at, 0)?, extent))
+    }
+
+    /// The run that an extent begins with, whose first entry is at hand: `first` is what that says.
+    pub(super) fn run_at(&self, cx: &Context<'_>, at: At, first: &Cluster, extent: Extent) -> Run {
+        let guest = bytes_of(extent.sector);
+        let within = self.shape.within(guest);
+        let (place, end) = self.place_in(first, within);
         if let Place::Compressed { .. } = place {
             let sectors = (end - within) / SECTOR_BYTES;
-            return Ok(Run { place, sectors: sectors.min(extent.sectors) });
+            return Run { place, sectors: sectors.min(extent.sectors) };
         }
         let wanted = bytes_of(extent.sectors);
         let (mut length, mut further) = (end - within, 0);
         while length < wanted {
-            let begins = (within + length) % self.shape.cluster_bytes();
+            let begins = self.shape.within(within + length);
             if begins == 0 {
                 further += 1;
             }
@@ -147,7 +149,7 @@ impl Qcow2 {
             }
             length += other_end - begins;
         }
-        Ok(Run { place, sectors: (length / SECTOR_BYTES).min(extent.sectors) })
+        Run { place, sectors: (length / SECTOR_BYTES).min(extent.sectors) }
     }
 
     /// The place of a byte of a cluster, and the byte of the cluster where its run of subclusters ends.
@@ -159,8 +161,8 @@ impl Qcow2 {
                 (Place::Compressed { offset_bytes, bytes, skip_bytes }, whole)
             }
             Cluster::Plain { host, data, zero, .. } => {
-                let unit = self.shape.subcluster_bytes();
-                let mut bit = within / unit;
+                let unit_bits = self.shape.subcluster_bits();
+                let mut bit = within >> unit_bits;
                 let state = |bit: u64| (data >> bit & 1, zero >> bit & 1);
                 let first = state(bit);
                 while bit < u64::from(self.shape.subclusters()) && state(bit) == first {
@@ -171,7 +173,7 @@ impl Qcow2 {
                     (_, 1) => Place::Zero,
                     _ => Place::Parent,
                 };
-                (place, bit * unit)
+                (place, bit << unit_bits)
             }
         }
     }

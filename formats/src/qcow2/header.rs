@@ -20,6 +20,8 @@ pub(crate) mod field {
     pub(crate) const L1_OFFSET: usize = 40;
     pub(crate) const REFTABLE_OFFSET: usize = 48;
     pub(crate) const REFTABLE_CLUSTERS: usize = 56;
+    pub(crate) const SNAPSHOTS: usize = 60;
+    pub(crate) const SNAPSHOTS_OFFSET: usize = 64;
     pub(crate) const INCOMPATIBLE: usize = 72;
     pub(crate) const AUTOCLEAR: usize = 88;
 }
@@ -38,8 +40,8 @@ pub const LAZY_REFCOUNTS: u64 = 1;
 /// Autoclear: the bitmaps extension is consistent with the image.
 pub const BITMAPS_CONSISTENT: u64 = 1;
 
-const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
-const EXT_FEATURE_NAMES: u32 = 0x6803_f857;
+pub(crate) const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
+pub(crate) const EXT_FEATURE_NAMES: u32 = 0x6803_f857;
 const EXT_BITMAPS: u32 = 0x2385_2875;
 
 const L1_BYTES_MAX: u64 = 32 << 20;
@@ -393,13 +395,19 @@ fn read_backing(
     if name.contains('\0') {
         return Err(wrong("backing file name", 8));
     }
+    refuse_name(name)?;
+    Ok(Some(Backing { name: String::from(name), format }))
+}
+
+/// Refuses a parent's name that qemu would not take for a path.
+pub(crate) fn refuse_name(name: &str) -> Result<(), Unsupported> {
     let scheme = name.split(['/', '.']).next().unwrap_or_default();
     if scheme.contains(':') {
         return Err(Unsupported::Refused(
             "its backing file is named by protocol or json: and not by path, which is refused",
         ));
     }
-    Ok(Some(Backing { name: String::from(name), format }))
+    Ok(())
 }
 
 /// The bitmap directory's entries, checked: where each begins within it, and its bytes.

@@ -52,6 +52,40 @@ pub fn grow(medium: &mut dyn Medium, size_bytes: u64) -> Result<(), Unsupported>
     Ok(())
 }
 
+/// Why an image cannot be made shorter, if it cannot.
+///
+/// # Errors
+/// What is wrong with it, or what the medium says.
+pub fn may_shrink(medium: &mut dyn Medium) -> Result<Option<&'static str>, Unsupported> {
+    let header = Header::read(medium)?;
+    Ok(match &header {
+        header if header.incompatible & (DIRTY | CORRUPT) != 0 => {
+            Some("it was not closed, or is marked as corrupt: repair it first")
+        }
+        header if header.snapshots > 0 => {
+            Some("it has internal snapshots, which are longer: delete them first")
+        }
+        header if header.bitmaps.is_some() => {
+            Some("it has persistent bitmaps, which are longer: remove them first")
+        }
+        _ => None,
+    })
+}
+
+/// Makes an image shorter that [`may_shrink`]. What lies behind the new end was discarded by the caller, through a [`crate::Disk`].
+///
+/// # Errors
+/// [`Unsupported::Refused`] for a size that is not smaller; what the medium says.
+pub fn shrink(medium: &mut dyn Medium, size_bytes: u64) -> Result<(), Unsupported> {
+    let header = Header::read(medium)?;
+    if !size_bytes.is_multiple_of(512) || size_bytes > header.size_bytes {
+        return Err(Unsupported::Refused("a smaller size is a multiple of 512"));
+    }
+    write_bytes(medium, field::SIZE as u64, &size_bytes.to_be_bytes())?;
+    medium.sync()?;
+    Ok(())
+}
+
 /// Within the clusters that the table has, it only has to be counted longer.
 fn grow_l1(medium: &mut dyn Medium, header: &Header, entries: u64) -> Result<(), Unsupported> {
     let cluster = header.shape.cluster_bytes();
@@ -95,7 +129,7 @@ fn zero_part(medium: &mut dyn Medium, mut at: u64, mut length: u64) -> Result<()
 }
 
 /// Clusters in a row behind the end of the file that existing blocks count, or for which blocks can be made.
-fn find_free(medium: &mut dyn Medium, header: &Header, count: u64) -> Result<u64, Unsupported> {
+pub(super) fn find_free(medium: &mut dyn Medium, header: &Header, count: u64) -> Result<u64, Unsupported> {
     let shape = header.shape;
     let per_block = shape.refcounts_per_block();
     let cluster = shape.cluster_bytes();
@@ -145,7 +179,7 @@ fn block_at(medium: &mut dyn Medium, header: &Header, number: u64) -> Result<u64
     Ok(from)
 }
 
-fn set_counts(
+pub(super) fn set_counts(
     medium: &mut dyn Medium,
     header: &Header,
     first: u64,

@@ -55,22 +55,41 @@ impl Shape {
         1 << self.cluster_bits
     }
 
+    /// The part of an offset that lies within its cluster, in bytes.
+    #[must_use]
+    pub fn within(&self, offset_bytes: u64) -> u64 {
+        // Sizes are powers of two, and this is asked several times for each request: shifts, not divisions.
+        offset_bytes & (self.cluster_bytes() - 1)
+    }
+
+    /// Log2 of the bytes of an L2 entry.
+    #[must_use]
+    pub fn entry_bits(&self) -> u32 {
+        if self.extended { 4 } else { 3 }
+    }
+
     /// Bytes of an L2 entry.
     #[must_use]
     pub fn entry_bytes(&self) -> u64 {
-        if self.extended { 16 } else { 8 }
+        1 << self.entry_bits()
     }
 
     /// Entries of an L2 table.
     #[must_use]
     pub fn l2_entries(&self) -> u64 {
-        self.cluster_bytes() / self.entry_bytes()
+        1 << (self.cluster_bits - self.entry_bits())
+    }
+
+    /// Log2 of [`Shape::l2_covers_bytes`].
+    #[must_use]
+    pub fn l2_covers_bits(&self) -> u32 {
+        2 * self.cluster_bits - self.entry_bits()
     }
 
     /// Bytes of the disk that an L2 table maps.
     #[must_use]
     pub fn l2_covers_bytes(&self) -> u64 {
-        self.l2_entries() << self.cluster_bits
+        1 << self.l2_covers_bits()
     }
 
     /// Subclusters of a cluster.
@@ -79,10 +98,16 @@ impl Shape {
         if self.extended { 32 } else { 1 }
     }
 
+    /// Log2 of the bytes of a subcluster.
+    #[must_use]
+    pub fn subcluster_bits(&self) -> u32 {
+        if self.extended { self.cluster_bits - 5 } else { self.cluster_bits }
+    }
+
     /// Bytes of a subcluster.
     #[must_use]
     pub fn subcluster_bytes(&self) -> u64 {
-        if self.extended { self.cluster_bytes() / 32 } else { self.cluster_bytes() }
+        1 << self.subcluster_bits()
     }
 
     /// All subclusters.

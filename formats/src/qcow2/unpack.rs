@@ -13,7 +13,8 @@ use crate::qcow2::header::Compression;
 const WINDOW_MAX: u64 = 8 << 20;
 
 /// Unpacks one cluster of `length` bytes. Says whether that is what the packed bytes were.
-pub(crate) fn unpack(kind: Compression, packed: &[u8], unit: &mut Vec<u8>, length: usize) -> bool {
+#[must_use]
+pub fn unpack(kind: Compression, packed: &[u8], unit: &mut Vec<u8>, length: usize) -> bool {
     unit.clear();
     unit.resize(length, 0);
     match kind {

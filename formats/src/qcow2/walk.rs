@@ -13,8 +13,9 @@ use crate::qcow2::shape::{COPIED, Cluster, OFFSET};
 pub(crate) enum Kind {
     /// Header, tables, directories.
     Meta,
-    /// An L2 table, or a plain data cluster: its entry lies at `entry_at` and says whether it is the only one; `active` tree only.
-    Entry { entry_at: u64, copied: bool },
+    /// L2 tables, or plain data clusters: the entry of the first lies at `entry_at`, the others' follow every `step` bytes, and all say
+    /// whether they are the only one; `active` tree only.
+    Entries { entry_at: u64, step: u64, copied: bool },
     /// Part of a compressed cluster.
     Packed,
 }
@@ -132,8 +133,11 @@ impl Walk<'_> {
             if l2 == 0 {
                 continue;
             }
-            let kind =
-                if active { Kind::Entry { entry_at, copied: entry & COPIED != 0 } } else { Kind::Meta };
+            let kind = if active {
+                Kind::Entries { entry_at, step: 8, copied: entry & COPIED != 0 }
+            } else {
+                Kind::Meta
+            };
             if self.name(visitor, l2, cluster, kind, entry_at) {
                 self.table(visitor, l2, active)?;
             }
@@ -145,7 +149,10 @@ impl Walk<'_> {
         let shape = self.header.shape;
         let bytes = self.read(l2, shape.cluster_bytes())?;
         let step = shape.entry_bytes();
-        for number in 0..shape.l2_entries() {
+        let mut next = 0;
+        while next < shape.l2_entries() {
+            let number = next;
+            next += 1;
             let within = index(number * step);
             let (word, entry_at) = (be64(&bytes, within), l2 + number * step);
             let bitmap = if shape.extended { be64(&bytes, within + 8) } else { 0 };
@@ -156,8 +163,10 @@ impl Walk<'_> {
                 Err(corruption) => visitor.wrong(corruption),
                 Ok(Cluster::Plain { host: 0, .. }) => {}
                 Ok(Cluster::Plain { host, copied, .. }) => {
-                    let kind = if active { Kind::Entry { entry_at, copied } } else { Kind::Meta };
-                    self.name(visitor, host, shape.cluster_bytes(), kind, entry_at);
+                    let count = self.run_of_entries(&bytes, within, host);
+                    next = number + count;
+                    let kind = if active { Kind::Entries { entry_at, step, copied } } else { Kind::Meta };
+                    self.name(visitor, host, count << shape.cluster_bits, kind, entry_at);
                 }
                 Ok(Cluster::Packed { offset_bytes, bytes }) => {
                     let first = offset_bytes >> shape.cluster_bits;
@@ -171,6 +180,20 @@ impl Walk<'_> {
             }
         }
         Ok(())
+    }
+
+    /// How many entries from a plain one on name one cluster after the other, all of them in the file.
+    fn run_of_entries(&self, bytes: &[u8], within: usize, host: u64) -> u64 {
+        let shape = self.header.shape;
+        if shape.extended {
+            return 1;
+        }
+        let first = be64(bytes, within);
+        let most = self.end.saturating_sub(host >> shape.cluster_bits).max(1);
+        let words = bytes.get(within..).unwrap_or_default().chunks_exact(8).map(|word| be64(word, 0));
+        let expected = core::iter::successors(Some(first), |word| word.checked_add(shape.cluster_bytes()));
+        let count = words.zip(expected).take_while(|(word, expected)| word == expected).count();
+        crate::bytes::wide(count).clamp(1, most)
     }
 
     fn snapshots(&mut self, visitor: &mut dyn Visitor) -> Result<(), Failure> {

@@ -6,7 +6,7 @@ use crate::ledger::Tick;
 use crate::qcow2::entries::At;
 use crate::qcow2::shape::Cluster;
 use crate::qcow2::{Qcow2, bytes_of};
-use crate::{Extent, SECTOR_BYTES};
+use crate::{Extent, Place, SECTOR_BYTES};
 
 /// The ticket of a payout into clusters that were taken from the reserve; of others, 0.
 const NEW: u64 = 1;
@@ -19,16 +19,12 @@ impl Qcow2 {
         let whole = self.shape.cluster_bytes();
         let within = guest % whole;
         let wanted = bytes_of(extent.sectors);
-        match self.cluster(cx, at, 0)? {
-            Cluster::Plain { host, copied: true, data, .. } => {
-                let unit = self.shape.subcluster_bytes();
-                if data >> (within / unit) & 1 == 0 {
-                    return Ok(self.fill_subclusters(host, data, extent));
-                }
-                let run = self.find_run(cx, extent)?;
-                let length = self.copied_bytes(cx, at, within, bytes_of(run.sectors))?;
-                Ok(Prepared::InPlace { offset_bytes: host + within, sectors: length / SECTOR_BYTES })
-            }
+        let first = self.cluster(cx, at, 0)?;
+        if let Some((offset_bytes, sectors)) = self.own_run(cx, at, &first, extent)? {
+            return Ok(Prepared::InPlace { offset_bytes, sectors });
+        }
+        match first {
+            Cluster::Plain { host, copied: true, data, .. } => Ok(self.fill_subclusters(host, data, extent)),
             Cluster::Plain { host: 0, zero, .. } => {
                 let before = if zero == 0 { Before::Parent } else { Before::Zero };
                 let mut count = (within + wanted).div_ceil(whole).min(at.entries_left);
@@ -55,6 +51,28 @@ impl Qcow2 {
         }
     }
 
+    /// See [`crate::Format::in_place`].
+    pub(super) fn in_place_write(&self, cx: &mut Context<'_>, extent: Extent) -> Step<Option<(u64, u64)>> {
+        let guest = bytes_of(extent.sector);
+        let l1 = self.l1(cx, guest)?;
+        if l1.table == 0 || !l1.copied {
+            return Ok(None);
+        }
+        let at = self.l2_at(cx, l1, guest)?;
+        let first = self.cluster(cx, at, 0)?;
+        self.own_run(cx, at, &first, extent)
+    }
+
+    /// Where an extent begins in data that only this tree has, and for how many sectors that is so.
+    fn own_run(&self, cx: &Context<'_>, at: At, first: &Cluster, extent: Extent) -> Step<Option<(u64, u64)>> {
+        let Cluster::Plain { copied: true, .. } = *first else { return Ok(None) };
+        let run = self.run_at(cx, at, first, extent);
+        let Place::Data { offset_bytes } = run.place else { return Ok(None) };
+        let within = self.shape.within(bytes_of(extent.sector));
+        let length = self.copied_bytes(cx, at, within, bytes_of(run.sectors))?;
+        Ok(Some((offset_bytes, length / SECTOR_BYTES)))
+    }
+
     /// The entry for a byte of the disk, in a table that is this tree's own.
     fn own_entry(&mut self, cx: &mut Context<'_>, guest: u64) -> Step<At> {
         let l1 = self.l1(cx, guest)?;
@@ -64,11 +82,11 @@ impl Qcow2 {
 
     /// Of a run of data, how much is only this tree's.
     fn copied_bytes(&self, cx: &Context<'_>, at: At, within: u64, length: u64) -> Step<u64> {
-        let whole = self.shape.cluster_bytes();
-        for further in 1..(within + length).div_ceil(whole) {
+        let bits = self.shape.cluster_bits;
+        for further in 1..=(within + length - 1) >> bits {
             let own = matches!(self.cluster(cx, at, further)?, Cluster::Plain { copied: true, .. });
             if !own {
-                return Ok(further * whole - within);
+                return Ok((further << bits) - within);
             }
         }
         Ok(length)

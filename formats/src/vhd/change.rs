@@ -48,8 +48,7 @@ pub fn set_parent(medium: &mut dyn Medium, grows: bool, parent: &Parent) -> Resu
     let Some(old) = headers.header.as_ref().filter(|_| headers.footer.kind() == Kind::Differencing) else {
         return Err(Unsupported::Refused("only a differencing VHD has a parent"));
     };
-    let mut image = Image::new(medium, &headers)?;
-    image.grows = grows;
+    let mut image = Image::new(medium, &headers, grows)?;
     let length =
         HEADER_BYTES + parent.locators(0)?.iter().map(|(locator, _)| locator.space_bytes).sum::<u64>();
     let at_bytes = image.make_room(medium, length)?;
@@ -85,8 +84,7 @@ pub fn grow(medium: &mut dyn Medium, grows: bool, disk_bytes: u64) -> Result<u64
     if headers.block_bytes() != BLOCK_BYTES {
         return Err(Unsupported::Refused("a VHD whose blocks are not of 2 MiB cannot be grown"));
     }
-    let mut image = Image::new(medium, &headers)?;
-    image.grows = grows;
+    let mut image = Image::new(medium, &headers, grows)?;
     let mut footer = headers.footer;
     footer.set_disk_bytes(disk_bytes);
     let entries = headers.header.as_ref().map_or(0, Header::entries);
@@ -129,9 +127,9 @@ struct Image<'a> {
 }
 
 impl Image<'_> {
-    fn new<'a>(medium: &mut dyn Medium, headers: &'a Headers) -> Result<Image<'a>, Unsupported> {
+    fn new<'a>(medium: &mut dyn Medium, headers: &'a Headers, grows: bool) -> Result<Image<'a>, Unsupported> {
         let table_bytes = headers.header.as_ref().map_or(0, Header::table_bytes);
-        let report = super::check::check(medium, true, false)?;
+        let report = super::check::check(medium, grows, false)?;
         if report.corruptions > 0 {
             let what = report
                 .findings
@@ -151,11 +149,12 @@ impl Image<'_> {
             }
             Ok(())
         })?;
-        if headers.footers.end {
+        if grows && headers.footers.end {
+            // What another tool left free before its footer stays free.
             end_sector = end_sector.max(headers.length_bytes / SECTOR_BYTES - 1);
         }
         let device_end = headers.length_bytes.saturating_sub(FOOTER_BYTES);
-        Ok(Image { headers, table_bytes, end_sector, lowest, grows: true, device_end })
+        Ok(Image { headers, table_bytes, end_sector, lowest, grows, device_end })
     }
 
     /// Finds room for metadata before the first block: a gap, the last one, or else blocks move away.

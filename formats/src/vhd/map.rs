@@ -1,14 +1,97 @@
 //! What an image holds, from end to end: for `map`, without a cache and with little memory.
 
+use alloc::vec::Vec;
+
 use super::footer::Kind;
 use super::headers::Headers;
-use super::layout::{Header, NO_BLOCK};
-use super::open::for_each_entry;
+use super::layout::NO_BLOCK;
 use super::{Vhd, run_of_bits};
-use crate::bytes::index;
-use crate::error::{Corruption, Unsupported};
+use crate::bytes::{be32, index};
+use crate::error::{Corruption, Failure, Unsupported};
+use crate::map::{Cursor, for_each_run};
 use crate::medium::Medium;
-use crate::{Place, Run, SECTOR_BYTES};
+use crate::{Extent, Place, Run, SECTOR_BYTES};
+
+/// Bytes of the BAT that are kept: 32 GiB of disk.
+const CHUNK: u64 = 64 << 10;
+
+/// Headers, a part of the BAT, and the bitmap that was looked at last.
+#[derive(Debug)]
+pub struct Blocks {
+    vhd: Vhd,
+    blocks: u32,
+    chunk: Vec<u8>,
+    chunk_at: u64,
+    bitmap: Vec<u8>,
+    bitmap_of: u32,
+}
+
+impl Blocks {
+    /// The disk of an image.
+    #[must_use]
+    pub fn new(headers: &Headers) -> Blocks {
+        let vhd = Vhd::of_headers(headers);
+        let bitmap = alloc::vec![0; index(vhd.bitmap_sectors * SECTOR_BYTES)];
+        Blocks { vhd, blocks: headers.blocks(), chunk: Vec::new(), chunk_at: 0, bitmap, bitmap_of: NO_BLOCK }
+    }
+
+    /// The BAT's entry for a block.
+    fn entry(&mut self, medium: &mut dyn Medium, block: u32) -> Result<u32, Failure> {
+        let at = u64::from(block) * 4;
+        let chunk_at = at / CHUNK * CHUNK;
+        if self.chunk.is_empty() || chunk_at != self.chunk_at {
+            let length = (u64::from(self.blocks) * 4).saturating_sub(chunk_at).min(CHUNK);
+            self.chunk.clear();
+            self.chunk.resize(index(length), 0xff);
+            self.chunk_at = chunk_at;
+            if let Err(failure) = medium.read(self.vhd.table_bytes + chunk_at, &mut self.chunk) {
+                self.chunk.clear();
+                return Err(failure);
+            }
+        }
+        Ok(be32(&self.chunk, index(at - chunk_at)))
+    }
+
+    /// Blocks that are not there, from one on, as far as is known.
+    fn holes(&self, block: u32) -> u64 {
+        let from = index(u64::from(block) * 4 - self.chunk_at);
+        let entries = self.chunk.get(from..).unwrap_or_default().chunks_exact(4);
+        crate::bytes::wide(entries.take_while(|entry| be32(entry, 0) == NO_BLOCK).count()).max(1)
+    }
+}
+
+impl Cursor for Blocks {
+    fn run(&mut self, medium: &mut dyn Medium, extent: Extent) -> Result<Run, Unsupported> {
+        if self.vhd.check(extent).is_err() {
+            return Err(Unsupported::Io(0));
+        }
+        if self.vhd.kind == Kind::Fixed {
+            let place = Place::Data { offset_bytes: extent.sector * SECTOR_BYTES };
+            return Ok(Run { place, sectors: extent.sectors });
+        }
+        let spot = self.vhd.spot(extent);
+        let start = self.entry(medium, spot.block)?;
+        if start == NO_BLOCK {
+            let sectors = self.holes(spot.block) * self.vhd.block_sectors - spot.within;
+            return Ok(Run { place: self.vhd.nowhere(), sectors: sectors.min(extent.sectors) });
+        }
+        if let Some(what) = self.vhd.contradiction(start) {
+            let at_bytes = self.vhd.entry_bytes(spot.block);
+            return Err(Unsupported::Malformed(Corruption { what, at_bytes }));
+        }
+        let data = Place::Data { offset_bytes: self.vhd.data_bytes(start, spot.within) };
+        if self.vhd.full.has(spot.block) {
+            return Ok(Run { place: data, sectors: spot.sectors });
+        }
+        if self.bitmap_of != start {
+            self.bitmap_of = NO_BLOCK;
+            medium.read(u64::from(start) * SECTOR_BYTES, &mut self.bitmap)?;
+            self.bitmap_of = start;
+        }
+        let (present, sectors) = run_of_bits(&self.bitmap, spot.within, spot.within + spot.sectors);
+        Ok(Run { place: if present { data } else { self.vhd.nowhere() }, sectors })
+    }
+}
 
 /// Calls `found` for every run of the disk in turn, as long as possible: with its first sector, and where it lies.
 ///
@@ -19,87 +102,7 @@ pub fn map(
     headers: &Headers,
     found: &mut dyn FnMut(u64, Run),
 ) -> Result<(), Unsupported> {
-    let vhd = Vhd::of_headers(headers);
-    let mut joined = Joined { from: 0, run: None, end: vhd.sectors, found };
-    if vhd.kind == Kind::Fixed {
-        joined.add(Place::Data { offset_bytes: 0 }, vhd.sectors);
-        joined.end();
-        return Ok(());
-    }
-    // The whole table, of which an image can have 4 bytes for each block of its disk: 4 MiB at most, with blocks of 2 MiB.
-    let table_bytes = headers.header.as_ref().map_or(0, Header::table_bytes);
-    let mut bitmap = alloc::vec![0; index(vhd.bitmap_sectors * SECTOR_BYTES)];
-    let batch = 1 << 16;
-    let mut first = 0;
-    while first < headers.blocks() {
-        let count = (headers.blocks() - first).min(batch);
-        let mut starts = alloc::vec::Vec::with_capacity(count as usize);
-        for_each_entry(medium, table_bytes + u64::from(first) * 4, count, |_, start| {
-            starts.push(start);
-            Ok(())
-        })?;
-        for (block, start) in (first..).zip(starts) {
-            if start == NO_BLOCK {
-                joined.add(vhd.nowhere(), vhd.block_sectors);
-                continue;
-            }
-            if let Some(what) = vhd.contradiction(start) {
-                return Err(Unsupported::Malformed(Corruption { what, at_bytes: vhd.entry_bytes(block) }));
-            }
-            if vhd.full.has(block) {
-                joined.add(Place::Data { offset_bytes: vhd.data_bytes(start, 0) }, vhd.block_sectors);
-                continue;
-            }
-            medium.read(u64::from(start) * SECTOR_BYTES, &mut bitmap)?;
-            let mut within = 0;
-            while within < vhd.block_sectors {
-                let (present, sectors) = run_of_bits(&bitmap, within, vhd.block_sectors);
-                let data = Place::Data { offset_bytes: vhd.data_bytes(start, within) };
-                joined.add(if present { data } else { vhd.nowhere() }, sectors);
-                within += sectors;
-            }
-        }
-        first += count;
-    }
-    joined.end();
-    Ok(())
-}
-
-/// Joins runs that go on where the one before ended.
-struct Joined<'a> {
-    from: u64,
-    run: Option<Run>,
-    end: u64,
-    found: &'a mut dyn FnMut(u64, Run),
-}
-
-impl Joined<'_> {
-    fn add(&mut self, place: Place, sectors: u64) {
-        let known = self.run.map_or(0, |run| run.sectors);
-        let sectors = sectors.min(self.end.saturating_sub(self.from + known));
-        if sectors == 0 {
-            return;
-        }
-        if let Some(run) = &mut self.run {
-            let goes_on = match (run.place, place) {
-                (Place::Data { offset_bytes }, Place::Data { offset_bytes: next }) => {
-                    offset_bytes + run.sectors * SECTOR_BYTES == next
-                }
-                (one, other) => one == other,
-            };
-            if goes_on {
-                run.sectors += sectors;
-                return;
-            }
-        }
-        self.end();
-        self.run = Some(Run { place, sectors });
-    }
-
-    fn end(&mut self) {
-        if let Some(run) = self.run.take() {
-            (self.found)(self.from, run);
-            self.from += run.sectors;
-        }
-    }
+    let mut blocks = Blocks::new(headers);
+    let sectors = blocks.vhd.sectors;
+    for_each_run(&mut blocks, medium, sectors, found)
 }

@@ -61,6 +61,24 @@ impl Vhd {
         }))
     }
 
+    /// See [`crate::Format::in_place`].
+    pub(super) fn in_place_write(
+        &mut self,
+        cx: &mut Context<'_>,
+        extent: Extent,
+    ) -> Step<Option<(u64, u64)>> {
+        self.may_write(extent)?;
+        if self.kind == Kind::Fixed {
+            return Ok(Some((extent.sector * SECTOR_BYTES, extent.sectors)));
+        }
+        let spot = self.spot(extent);
+        let Some(start) = self.entry_to_write(cx, spot.block)? else { return Ok(None) };
+        Ok(match self.present(cx, start, spot)? {
+            (true, sectors) => Some((self.data_bytes(start, spot.within), sectors)),
+            (false, _) => None,
+        })
+    }
+
     /// See [`crate::Format::commit`]. Of a new block over zeroes only the BAT entry changes; else bits are set.
     pub(super) fn commit_write(&mut self, cx: &mut Context<'_>, payout: &Payout, after: Tick) -> Step<()> {
         let spot = self.spot(payout.extent);

@@ -2,7 +2,10 @@
 
 use std::collections::HashMap;
 
-use formats::{Disk, Failure, Medium, Op, Outcome, Pages, Payload, Request, Work, WorkKind};
+use formats::{
+    Disk, Extent, Failure, InPlace, Medium, Op, Outcome, Pages, Payload, Request, STATUS_BYTES, StatusRun,
+    Work, WorkKind,
+};
 
 use super::medium::SimMedium;
 use super::rng::Rng;
@@ -31,6 +34,10 @@ pub struct Driver<M> {
     pub done: u64,
     /// Transfers of guests' own memory take longest.
     pub lazy: bool,
+    /// Requests whose bytes the driver itself moves.
+    pub in_place: Vec<(Request, InPlace)>,
+    /// How many there were.
+    pub moved_in_place: u64,
 }
 
 /// What the driver needs besides [`Medium`]: syncs that take time.
@@ -71,11 +78,21 @@ impl<M: SlowSync> Driver<M> {
             rng: Rng::new(seed),
             done: 0,
             lazy: false,
+            in_place: Vec::new(),
+            moved_in_place: 0,
         }
     }
 
     pub fn submit(&mut self, request: Request, memory: Vec<u8>) -> bool {
         self.memory.insert(request.token, memory);
+        if self.rng.one_in(3)
+            && let Some(place) = self.disk.begin_in_place(&mut self.pages, request.op, request.extent)
+        {
+            self.moved_in_place += 1;
+            self.in_place.push((request, place));
+            self.take();
+            return true;
+        }
         let taken = self.disk.submit(&mut self.pages, request);
         self.take();
         taken
@@ -111,6 +128,12 @@ impl<M: SlowSync> Driver<M> {
 
     /// Does one piece of work, any of those that are out. False when none is.
     pub fn step(&mut self, faults: &mut dyn Faults) -> bool {
+        if !self.in_place.is_empty() && (self.in_flight.is_empty() || self.rng.one_in(4)) {
+            let at = self.rng.below(self.in_place.len() as u64) as usize;
+            let (request, place) = self.in_place.swap_remove(at);
+            self.move_in_place(request, place);
+            return true;
+        }
         if self.in_flight.is_empty() {
             return false;
         }
@@ -139,6 +162,21 @@ impl<M: SlowSync> Driver<M> {
         self.disk.done(&mut self.pages, work.id, result, &read);
         self.take();
         true
+    }
+
+    /// Moves the bytes of a request that lie in one piece.
+    fn move_in_place(&mut self, request: Request, place: InPlace) {
+        let length = request.extent.sectors as usize * 512;
+        let memory = self.memory.get_mut(&request.token).unwrap();
+        let medium = self.media.get_mut(&place.image).unwrap();
+        let result = match request.op {
+            Op::Read => medium.read(place.offset_bytes, &mut memory[..length]),
+            _ => medium.write(place.offset_bytes, &memory[..length]),
+        };
+        self.done += 1;
+        self.disk.done(&mut self.pages, place.id, Ok(()), &[]);
+        self.outcomes.push(Outcome { token: request.token, result });
+        self.take();
     }
 
     fn carry_out(&mut self, work: &Work, covered: usize) -> (Result<(), Failure>, Vec<u8>) {
@@ -193,22 +231,34 @@ impl<M: SlowSync> Driver<M> {
     pub fn settle(&mut self) {
         while self.step(&mut NoFaults) {}
         assert_eq!(self.disk.in_flight(), 0, "requests without end");
+        assert!(self.in_place.is_empty());
         assert_eq!(self.disk.stalls, 0);
     }
 
     /// One request, alone.
-    pub fn run(
-        &mut self,
-        op: Op,
-        extent: formats::Extent,
-        memory: Vec<u8>,
-    ) -> (Result<(), Failure>, Vec<u8>) {
+    pub fn run(&mut self, op: Op, extent: Extent, memory: Vec<u8>) -> (Result<(), Failure>, Vec<u8>) {
         let token = u64::MAX;
         assert!(self.submit(Request { token, op, extent }, memory));
         self.settle();
         let at = self.outcomes.iter().position(|outcome| outcome.token == token).unwrap();
         let outcome = self.outcomes.swap_remove(at);
         (outcome.result, self.memory.remove(&token).unwrap())
+    }
+
+    /// Of each sector, whether status says that there is nothing of it.
+    pub fn status(&mut self) -> Vec<bool> {
+        let (all, mut zero) = (self.disk.geometry().sectors, Vec::new());
+        while (zero.len() as u64) < all {
+            let sector = zero.len() as u64;
+            let rest = Extent { sector, sectors: all - sector };
+            let (result, memory) = self.run(Op::Status, rest, vec![0x5a; STATUS_BYTES]);
+            result.unwrap();
+            for run in StatusRun::all(&memory) {
+                zero.extend(std::iter::repeat_n(run.zero, run.sectors as usize));
+            }
+            assert!(zero.len() as u64 > sector && zero.len() as u64 <= all, "{rest:?}: {} runs", zero.len());
+        }
+        zero
     }
 
     pub fn close(&mut self) -> Result<(), Failure> {

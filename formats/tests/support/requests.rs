@@ -15,11 +15,13 @@ pub struct Requests<M> {
     pub requests: HashMap<u64, (Request, u64)>,
     next: u64,
     pub reads_checked: u64,
+    /// Sectors that status said to be nowhere.
+    pub zeroes_told: u64,
 }
 
 impl<M: SlowSync> Requests<M> {
     pub fn new(driver: Driver<M>, oracle: Oracle) -> Requests<M> {
-        Requests { driver, oracle, requests: HashMap::new(), next: 1, reads_checked: 0 }
+        Requests { driver, oracle, requests: HashMap::new(), next: 1, reads_checked: 0, zeroes_told: 0 }
     }
 
     /// Submits a request; what it writes is told apart from all else.
@@ -90,6 +92,10 @@ impl<M: SlowSync> Requests<M> {
         let (result, memory) = self.driver.run(Op::Read, extent, memory);
         result.unwrap();
         self.check_read(extent, &memory, begun);
+        for (zero, bytes) in self.driver.status().into_iter().zip(memory.chunks(SECTOR)) {
+            assert!(!zero || bytes.iter().all(|byte| *byte == 0), "a sector is said to be nowhere");
+            self.zeroes_told += u64::from(zero);
+        }
     }
 
     /// Has what is being changed written.
@@ -117,6 +123,10 @@ pub trait Mortal {
     fn ask(&mut self);
     /// Crashes, and looks at what is left; `deep`, also repairs it and goes on with it.
     fn crash_and_look(&mut self, deep: bool);
+    /// Whether what a crash in closing leaves is repaired, too, and gone on with: that takes its time.
+    fn deep_while_closing(&self) -> bool {
+        true
+    }
     /// The last that happens before closing.
     fn before_closing(&mut self) {}
     /// What must be true of a closed image.
@@ -139,7 +149,8 @@ pub trait Mortal {
         self.requests().close();
         loop {
             for turn in 0..per_step {
-                self.crash_and_look(turn == 0);
+                let deep = turn == 0 && self.deep_while_closing();
+                self.crash_and_look(deep);
             }
             if !self.requests().driver.step(&mut NoFaults) {
                 break;
