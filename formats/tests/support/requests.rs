@@ -92,9 +92,8 @@ impl<M: SlowSync> Requests<M> {
         let (result, memory) = self.driver.run(Op::Read, extent, memory);
         result.unwrap();
         self.check_read(extent, &memory, begun);
-        for (sector, zero) in self.driver.status().into_iter().enumerate() {
-            let bytes = &memory[sector * SECTOR..][..SECTOR];
-            assert!(!zero || bytes.iter().all(|byte| *byte == 0), "sector {sector} is said to be nowhere");
+        for (zero, bytes) in self.driver.status().into_iter().zip(memory.chunks(SECTOR)) {
+            assert!(!zero || bytes.iter().all(|byte| *byte == 0), "a sector is said to be nowhere");
             self.zeroes_told += u64::from(zero);
         }
     }
@@ -124,6 +123,10 @@ pub trait Mortal {
     fn ask(&mut self);
     /// Crashes, and looks at what is left; `deep`, also repairs it and goes on with it.
     fn crash_and_look(&mut self, deep: bool);
+    /// Whether what a crash in closing leaves is repaired, too, and gone on with: that takes its time.
+    fn deep_while_closing(&self) -> bool {
+        true
+    }
     /// The last that happens before closing.
     fn before_closing(&mut self) {}
     /// What must be true of a closed image.
@@ -146,7 +149,8 @@ pub trait Mortal {
         self.requests().close();
         loop {
             for turn in 0..per_step {
-                self.crash_and_look(turn == 0);
+                let deep = turn == 0 && self.deep_while_closing();
+                self.crash_and_look(deep);
             }
             if !self.requests().driver.step(&mut NoFaults) {
                 break;

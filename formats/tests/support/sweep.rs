@@ -110,6 +110,10 @@ impl Mortal for World {
         self.look(deep);
     }
 
+    fn deep_while_closing(&self) -> bool {
+        false
+    }
+
     fn look_closed(&mut self) {
         self.look(true);
         let witness = Witness::new(&self.leaf().now);
