@@ -50,7 +50,7 @@ pub struct LeftPages {
 pub struct Left(Arc<Mutex<BTreeMap<Identity, LeftPages>>>);
 
 impl Left {
-    /// The pages of a file, to be written to it before it is opened for writing. They stay until [`Kept::written`].
+    /// The pages of a file, to be written to it before it is opened for writing. They stay until the pump knows that this was done.
     #[must_use]
     pub fn of(&self, identity: Identity) -> LeftPages {
         let left = self.0.lock().unwrap_or_else(PoisonError::into_inner);

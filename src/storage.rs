@@ -20,6 +20,7 @@ mod legs;
 mod maps;
 mod medium;
 mod merge;
+mod opening;
 mod remote;
 mod requests;
 mod slots;

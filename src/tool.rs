@@ -1,8 +1,8 @@
 //! `vbdd image`: images that nobody serves, made, looked at, mended and moved.
 //!
 //! Everything here runs with the operator's own rights and blocks as it likes; no daemon is needed. `docs/image-tool.md` is the manual,
-//! [`words`] reads command lines, [`layers`] says where a chain's bytes lie, [`drive`] changes disks, [`read`] reads much at once,
-//! [`target`] makes files that are whole or not there.
+//! `words` reads command lines, `layers` says where a chain's bytes lie, `drive` changes disks, `read` reads much at once,
+//! `target` makes files that are whole or not there.
 
 mod bench;
 mod check;

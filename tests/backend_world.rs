@@ -2,6 +2,8 @@
 //! and operators do, each with disks of other guests beside it that must not notice.
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::cast_possible_truncation, unreachable_pub)]
 
+#[path = "backend_world/formats.rs"]
+mod disk_formats;
 #[path = "backend_world/frontends.rs"]
 mod frontends;
 #[path = "backend_world/host.rs"]

@@ -29,7 +29,7 @@ fn collect(directory: &Path, names: &mut BTreeSet<String>) {
 fn every_test_that_the_contract_names_exists() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut known = BTreeSet::new();
-    for directory in ["src", "tests", "rings", "xenstore", "image"] {
+    for directory in ["src", "tests", "rings", "xenstore", "formats", "image"] {
         collect(&root.join(directory), &mut known);
     }
     let page = std::fs::read_to_string(root.join("docs/contract.md")).unwrap();

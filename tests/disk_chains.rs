@@ -346,6 +346,46 @@ fn vhds_read_and_write_what_they_should() {
     }
 }
 
+/// Neither another vbdd nor qemu's programs have an image open that we write, and we none that they do.
+#[test]
+fn an_image_has_one_writer() {
+    let directory = on_disk("chains-locked");
+    let path = directory.path("image");
+    qemu_img(&["create", "-q", "-f", "qcow2", &path, "64M"]);
+    let settings = options(&directory.0, EngineChoice::Auto);
+    let (mut first, mut second) = (Bench::new(&settings), Bench::new(&settings));
+    let (disk, _) = first.open(Format::Qcow2, &path, Access::ReadWrite).unwrap();
+    let before = std::fs::read(&path).unwrap();
+    let error = second.open(Format::Qcow2, &path, Access::ReadWrite).unwrap_err();
+    assert!(error.contains("is in use"), "{error}");
+    let qemu =
+        |arguments: &[&str]| Command::new("qemu-img").args(arguments).output().unwrap().status.success();
+    assert!(
+        !qemu(&["check", "-q", "-r", "all", "-f", "qcow2", &path]),
+        "qemu repairs an image that we write"
+    );
+    assert!(std::fs::read(&path).unwrap() == before);
+    assert!(first.close(disk));
+    let (disk, _) = second.open(Format::Qcow2, &path, Access::ReadWrite).unwrap();
+    assert!(second.close(disk));
+    assert!(qemu(&["check", "-q", "-r", "all", "-f", "qcow2", &path]));
+    // qemu-io holds it until its input ends.
+    let mut other = Command::new("qemu-io")
+        .args(["-f", "qcow2", &path])
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut prompt = [0; 8];
+    std::io::Read::read_exact(other.stdout.as_mut().unwrap(), &mut prompt).unwrap();
+    let error = first.open(Format::Qcow2, &path, Access::ReadWrite).unwrap_err();
+    assert!(error.contains("is in use"), "{error}");
+    drop(other.stdin.take());
+    other.wait().unwrap();
+    let (disk, _) = first.open(Format::Qcow2, &path, Access::ReadWrite).unwrap();
+    assert!(first.close(disk));
+}
+
 #[test]
 fn what_cannot_be_opened_says_why_and_leaves_no_file_open() {
     let directory = on_disk("chains-refused");

@@ -332,3 +332,52 @@ fn hostile_images_are_errors() {
     }
     assert!(refused > 60, "{refused} refused");
 }
+
+/// A loop device, released at the end.
+struct Loop(String);
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("losetup").args(["-d", &self.0]).output();
+    }
+}
+
+#[test]
+fn devices_are_images_too() {
+    let dir = Scratch::new("devices");
+    dir.image("create raw:device.img 64M");
+    let said = dir.run("losetup -f --show device.img");
+    if said.code != 0 {
+        println!("SKIPPED: no loop device can be made here (root and losetup are needed)");
+        return;
+    }
+    let device = Loop(said.out.trim().to_owned());
+    let device = &device.0;
+    dir.image("create raw:source.raw 20M");
+    dir.fill("raw", "source.raw", 20 * MIB, &mut Rng(8));
+    for format in ["qcow2", "vhd", "raw"] {
+        if format != "raw" {
+            let said = dir.run(&format!("vbdd image create {format}:{device} 32M"));
+            assert!(said.code == 0 && said.err.contains("a device"), "{said:?}");
+        }
+        dir.image(&format!("convert -n raw:source.raw {format}:{device}"));
+        if format == "raw" {
+            // Behind it is what the VHD has left.
+            let wanted = std::fs::read(dir.path("source.raw")).unwrap();
+            same(&std::fs::read(device).unwrap()[..wanted.len()], &wanted, "raw device");
+            assert!(dir.refused(&format!("resize raw:{device} 80M")).1.contains("a device has the size"));
+            continue;
+        }
+        dir.image(&format!("compare raw:source.raw {format}:{device}"));
+        assert_eq!(dir.run(&format!("vbdd image check {format}:{device}")).code, 0);
+        dir.image(&format!("resize {format}:{device} 40M"));
+        assert_eq!(dir.run(&format!("vbdd image check {format}:{device}")).code, 0);
+        dir.image(&format!("compare raw:source.raw {format}:{device}"));
+    }
+    // One that somebody else has claimed, as a mount does.
+    let claimed =
+        std::os::unix::fs::OpenOptionsExt::custom_flags(std::fs::File::options().read(true), libc::O_EXCL)
+            .open(device);
+    assert!(dir.refused(&format!("create qcow2:{device} 8M")).1.contains("in use on this host"));
+    drop(claimed.unwrap());
+}

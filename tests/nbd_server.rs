@@ -335,9 +335,14 @@ fn clients_that_mean_no_good_stop_nobody() {
             }
             // Half a header, half the data of a write; then gone.
             2 => Client::greeted(connected).ready(true).send(&[0x25, 0x60, 0x95]),
-            3 => {
-                Client::greeted(connected).ready(true).ask(1, command::WRITE, 0, 4096, 1 << 20, &[1; 70_000])
-            }
+            3 => Client::greeted(connected).ready(true).ask(
+                1,
+                command::WRITE,
+                0,
+                4096,
+                1 << 20,
+                &vec![1; 70_000],
+            ),
             // Asks for a lot and goes without a look at it.
             4 => {
                 let mut client = Client::greeted(connected).ready(false);

@@ -98,8 +98,8 @@ fn nothing_is_allocated_for_a_request() {
     let mut dice = Dice(7);
     // The writes that are kept until a flush covers them take what they take soon.
     load(&mut rig, file, 20_000, true, &mut dice);
-    let before = ALLOCATIONS.load(Ordering::Relaxed);
+    let before = counting::allocations();
     load(&mut rig, file, 4000, true, &mut dice);
-    let count = ALLOCATIONS.load(Ordering::Relaxed) - before;
+    let count = counting::allocations() - before;
     assert!(count <= 2, "on a server: {count} allocations for 4000 requests");
 }

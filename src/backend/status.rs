@@ -16,6 +16,8 @@ pub struct DeviceStatus {
     pub phase: &'static str,
     /// The image's path, if one is open.
     pub path: Option<String>,
+    /// The format by which it is read, if one is open.
+    pub format: Option<&'static str>,
     /// Size in bytes, if an image is open.
     pub size_bytes: Option<u64>,
     /// Whether writes are refused.
@@ -36,8 +38,8 @@ impl std::fmt::Display for DeviceStatus {
         let mode = if self.read_only { "ro" } else { "rw" };
         let cache = if self.direct { "direct" } else { "cached" };
         write!(f, "{} {}", self.address, self.phase)?;
-        if let (Some(path), Some(size)) = (&self.path, self.size_bytes) {
-            write!(f, " {path} {size} bytes {mode} {cache}")?;
+        if let (Some(path), Some(format), Some(size)) = (&self.path, self.format, self.size_bytes) {
+            write!(f, " {format}:{path} {size} bytes {mode} {cache}")?;
         }
         write!(
             f,
@@ -57,6 +59,11 @@ impl DeviceStatus {
         into.push_str(&format!(",\"phase\":\"{}\",\"path\":", self.phase));
         match &self.path {
             Some(path) => json_string(path, into),
+            None => into.push_str("null"),
+        }
+        into.push_str(",\"format\":");
+        match self.format {
+            Some(format) => json_string(format, into),
             None => into.push_str("null"),
         }
         number(into, "size_bytes", self.size_bytes.unwrap_or(0));
@@ -104,6 +111,7 @@ impl<H: Hypervisor, S: Storage> Backend<H, S> {
                 address: *address,
                 phase: phase(&device.vbd),
                 path: image.map(|image| image.request.image.path.clone()),
+                format: image.map(|image| image.request.image.format.name()),
                 size_bytes: image.map(|image| image.opened.size_bytes),
                 read_only: image.is_some_and(|image| image.request.read_only),
                 direct: image.is_some_and(|image| image.opened.direct),

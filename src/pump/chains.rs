@@ -338,6 +338,10 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
             let Some((chain, pages)) = self.chains.both(disk) else { continue };
             if std::mem::take(&mut chain.changed) {
                 chain.disk.write_back(pages);
+                // What ends later changes more.
+                chain.changed = chain.disk.in_flight() > 0;
+                let again = chain.changed.then_some(now + WRITE_BACK_INTERVAL);
+                self.chains.write_back_at = self.chains.write_back_at.or(again);
                 self.chains.touch(disk);
             }
         }

@@ -1,6 +1,6 @@
 //! A transfer done at once by the calling thread: files in memory, and the helper threads.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 
 use super::engine::{Action, Transfer};
 use crate::buffers::Span;
@@ -29,6 +29,31 @@ pub(super) fn now(transfer: &Transfer) -> i32 {
         Ok(count) => i32::try_from(count).unwrap_or(-libc::EIO),
         Err(errno) => -errno.raw_os_error(),
     }
+}
+
+/// Takes the locks of qemu's programs, which lock single bytes of an image for each thing that they do with it (from 100 on) or
+/// let nobody else do (from 200 on): all of these, so that they leave the image alone, and whoever has one is noticed. They
+/// belong to the open file. False if somebody has one.
+pub(super) fn lock_like_qemu(fd: BorrowedFd<'_>) -> bool {
+    qemu_locks(fd, libc::F_WRLCK)
+}
+
+/// Gives them back.
+pub(super) fn unlock_like_qemu(fd: BorrowedFd<'_>) {
+    qemu_locks(fd, libc::F_UNLCK);
+}
+
+fn qemu_locks(fd: BorrowedFd<'_>, how: i32) -> bool {
+    // SAFETY: a structure of numbers, for which zeroes are values.
+    let mut range: libc::flock = unsafe { std::mem::zeroed() };
+    let short = |number: i32| libc::c_short::try_from(number).unwrap_or(0);
+    (range.l_type, range.l_whence) = (short(how), short(libc::SEEK_SET));
+    (range.l_start, range.l_len) = (100, 200);
+    // SAFETY: the descriptor is open, and the call reads the structure.
+    let result = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_SETLK, &raw const range) };
+    let errno = std::io::Error::last_os_error().raw_os_error();
+    // A file system without locks cannot be asked.
+    result == 0 || !matches!(errno, Some(libc::EAGAIN | libc::EACCES))
 }
 
 /// The kernel's answer taken apart: bytes moved, or an errno.

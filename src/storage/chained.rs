@@ -1,13 +1,14 @@
 //! Opening an image with its parents: every file below the roots, the leaf as the caller wants it, parents for reading. Runs
 //! on an opener thread: everything here may block.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use formats::{Failure, Medium};
 use rustix::fs::{Advice, FallocateFlags, OFlags};
 use rustix::io::Errno;
 
+use super::calls::lock_like_qemu;
 use super::linux::Alignment;
 use super::medium::{self, Prepared};
 use super::remote::{self, Servers};
@@ -79,6 +80,15 @@ impl Library for Opener<'_> {
         }
         let prepared = medium::open(self.roots, path, access, self.direct, self.least)?;
         let image = self.roots.locate(path)?;
+        // Metadata that another program changes too are lost; and what is repaired below must be nobody's.
+        let is_ours = || {
+            prepared.locked && (image.is_device() || medium::tried(|| lock_like_qemu(prepared.fd.as_fd())))
+        };
+        if writable && !is_ours() {
+            let reason = "is in use: another program has it open for writing, or the last writes of an earlier vbdd are not \
+                          over; stop that, or wait";
+            return Err(OpenError { path: path.into(), reason: reason.into() });
+        }
         // Not the claim of a device: the first open has it, and it excludes us too.
         let access = if writable { Access::ReadWriteShared } else { Access::ReadOnly };
         let cached = self.roots.open(&image, access, OFlags::empty());

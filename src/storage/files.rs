@@ -1,8 +1,9 @@
 //! The table of open files.
 
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 
 use super::FileId;
+use super::calls::unlock_like_qemu;
 use super::hazards::Hazards;
 use super::legs::{SECTOR_BYTES, Shape};
 use super::maps::Mapped;
@@ -61,6 +62,7 @@ impl Drop for File {
     fn drop(&mut self) {
         let is_locked = self.access == Access::ReadWrite && matches!(self.identity, Identity::File { .. });
         if is_locked && self.in_flight == 0 {
+            unlock_like_qemu(self.fd.as_fd());
             let _ = rustix::fs::flock(&self.fd, rustix::fs::FlockOperation::Unlock);
         }
     }

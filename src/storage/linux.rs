@@ -9,30 +9,24 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::calls::{self, Job};
-use super::chained::{Opener, PreparedChain};
 use super::changes::Order;
 use super::engine::{self, AnyEngine, Engine, EngineChoice, Landed};
-use super::files::{FILES_MAX, File, Files};
+use super::files::{File, Files};
 use super::legs::{self, BOUNCE_BYTES};
 use super::maps::{Answer, Mapped, Maps, Wish};
-use super::medium::{self, Path, Prepared};
+use super::medium::{self, Path};
 use super::merge::Merges;
+use super::opening::{self, Errand, OpenAnswer};
 use super::remote::{Remotes, Servers};
 use super::slots::{Fifo, Slots};
 use super::workers::{Bell, Workers};
-use super::zeroes::Way;
-use super::{
-    Access, DiscardUnit, Done, FileId, Identity, Io, IoKind, Layer, OpenError, Opened, Storage, StorageError,
-};
+use super::{Access, Done, FileId, Io, IoKind, Layer, OpenError, Opened, Storage, StorageError};
 use crate::buffers::{Pool, SPAN_BYTES_MAX, Span};
 use crate::images::Roots;
 use crate::keep::Left;
 use crate::limits::NBD_PATIENCE;
 use crate::nbd::client::Allowed;
 use crate::params::Image;
-
-/// Threads that open and close files. A dead file server holds one for each path that is tried; the rest go on.
-const OPENERS_MAX: usize = 4;
 
 /// Opens that wait for a thread. More are refused at once.
 const OPENS_WAITING_MAX: usize = 256;
@@ -91,23 +85,6 @@ impl Default for Options {
     }
 }
 
-/// A job for an opener.
-enum Errand {
-    Open { token: u64, image: Image, access: Access, left: Left },
-    Close(Box<File>),
-}
-
-impl std::fmt::Debug for Errand {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Errand::Open { image, .. } => write!(f, "Open({})", image.path),
-            Errand::Close(_) => f.write_str("Close"),
-        }
-    }
-}
-
-type OpenAnswer = (u64, Result<PreparedChain, OpenError>, Image);
-
 /// Storage on Linux files and block devices.
 #[derive(Debug)]
 pub struct LinuxStorage {
@@ -126,18 +103,18 @@ pub struct LinuxStorage {
     /// Transfers that failed before they started.
     pub(super) stillborn: VecDeque<Landed>,
     finished: VecDeque<Done>,
-    refused_opens: VecDeque<(u64, Result<Opened, OpenError>)>,
+    pub(super) refused_opens: VecDeque<(u64, Result<Opened, OpenError>)>,
     /// Layers of opened images that were not asked for yet, by their leaf's file.
-    layers: Vec<(FileId, Vec<Layer>)>,
-    left: Left,
-    openers: Workers<Errand, OpenAnswer>,
+    pub(super) layers: Vec<(FileId, Vec<Layer>)>,
+    pub(super) left: Left,
+    pub(super) openers: Workers<Errand, OpenAnswer>,
     pub(super) helpers: Workers<Job, Landed>,
     pub(super) discarders: Workers<Order, Landed>,
     pub(super) changers: Workers<Order, Landed>,
     /// Zeroes to write: nobody ever writes to them, so they take no memory.
     pub(super) zeroes: Span,
     _zeroes: Pool,
-    bell: Arc<Bell>,
+    pub(super) bell: Arc<Bell>,
     /// Whether a transfer was pushed by us and not on behalf of a caller who is about to submit.
     pub(super) continued: bool,
     pub(super) maps: Maps,
@@ -145,12 +122,6 @@ pub struct LinuxStorage {
     pub(super) remotes: Option<Remotes>,
     /// Whether anything was asked since [`LinuxStorage::was_busy`] was.
     busy: bool,
-}
-
-/// Whether the engine should know a file by number. Not a device: the kernel lets go of registered files late, and the claim
-/// on a device ends with its open file.
-fn registers(entry: &File) -> bool {
-    entry.path != Path::Memory && matches!(entry.identity, Identity::File { .. })
 }
 
 impl LinuxStorage {
@@ -179,29 +150,12 @@ impl LinuxStorage {
         let bounces =
             Pool::new(BOUNCE_POOL_BYTES).map_err(|error| format!("no memory for buffers: {error}"))?;
         let bell = Arc::new(Bell::new().map_err(|error| format!("eventfd: {error}"))?);
-        let (direct, alignment) = (options.direct, options.alignment);
         let servers = Arc::new(Servers::new(&options.servers)?);
         let remotes = match options.servers.is_empty() {
             true => None,
             false => Some(Remotes::new(options.server_patience, &bell)?),
         };
-        let openers = Workers::new("vbdd-open", OPENERS_MAX, Arc::clone(&bell), move |errand| match errand {
-            Errand::Open { token, image, access, left } => {
-                let mut opener = Opener {
-                    roots: &roots,
-                    servers: &servers,
-                    left: &left,
-                    access,
-                    direct,
-                    least: alignment,
-                };
-                Some((token, opener.open(&image), image))
-            }
-            Errand::Close(file) => {
-                drop(file);
-                None
-            }
-        });
+        let openers = opening::start(&bell, roots, servers, (options.direct, options.alignment));
         let helpers = Workers::new("vbdd-io", HELPERS_MAX, Arc::clone(&bell), |Job(transfer)| {
             Some(Landed { tag: transfer.tag, result: calls::now(&transfer) })
         });
@@ -284,79 +238,6 @@ impl LinuxStorage {
     #[must_use]
     pub fn in_flight(&self) -> u32 {
         self.slots.used()
-    }
-
-    fn refuse_open(&mut self, token: u64, path: String, reason: &str) {
-        let error = OpenError { path, reason: reason.into() };
-        self.refused_opens.push_back((token, Err(error)));
-        // The caller is told as of any other open.
-        self.bell.ring();
-    }
-
-    /// Puts the files of an image into the table.
-    fn install_all(&mut self, image: Image, chain: PreparedChain) -> Result<Opened, OpenError> {
-        let mut opened = self.install(&image.path, chain.leaf)?;
-        if chain.formats.is_empty() {
-            return Ok(opened);
-        }
-        let (mut layers, mut formats) = (Vec::new(), chain.formats.into_iter());
-        let mut add = |file, identity| {
-            layers.extend(formats.next().map(|format| Layer { file, identity, format }));
-        };
-        add(opened.file, opened.identity);
-        let mut failed = None;
-        for prepared in chain.parents {
-            match self.install(&image.path, prepared) {
-                Ok(parent) => add(parent.file, parent.identity),
-                Err(error) => failed = Some(error),
-            }
-        }
-        if let Some(error) = failed {
-            layers.iter().for_each(|layer| self.close(layer.file));
-            return Err(error);
-        }
-        if let Some(leaf) = layers.first() {
-            opened.size_bytes = leaf.format.geometry().sectors * formats::SECTOR_BYTES;
-            let granularity_bytes = u32::try_from(leaf.format.unit_bytes()).unwrap_or(u32::MAX);
-            opened.discard = opened.discard.map(|_| DiscardUnit { granularity_bytes, alignment_bytes: 0 });
-        }
-        self.layers.push((opened.file, layers));
-        Ok(opened)
-    }
-
-    fn install(&mut self, path: &str, prepared: Prepared) -> Result<Opened, OpenError> {
-        let path = path.to_owned();
-        let (locked, mut prepared) = (prepared.locked, prepared);
-        let connected = prepared.remote.take();
-        let Some(file) = self.files.insert(prepared) else {
-            let reason = format!("{FILES_MAX} files are open already; detach disks that are not needed");
-            return Err(OpenError { path, reason });
-        };
-        let index = Files::place(file);
-        let Some(entry) = self.files.at(file) else {
-            return Err(OpenError {
-                path,
-                reason: String::from("the table of files is broken (a bug in vbdd)"),
-            });
-        };
-        if let (Some(connected), Some(remotes)) = (connected, &mut self.remotes) {
-            if !connected.can_zero() {
-                entry.zeroing = Way::Writing;
-            }
-            entry.remote = Some(remotes.insert(*connected));
-        }
-        if registers(entry) && self.engine.attach(index, entry.fd.as_fd()) {
-            entry.attached = Some(index);
-        }
-        Ok(Opened {
-            file,
-            identity: entry.identity,
-            size_bytes: entry.shape.size,
-            physical_block_bytes: entry.physical_block_bytes,
-            direct: entry.path == Path::Direct,
-            discard: entry.discard,
-            locked,
-        })
     }
 
     /// Gives a file that nobody uses any more to the threads, since `close` may wait for a file server.

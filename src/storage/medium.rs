@@ -171,17 +171,22 @@ impl Opening<'_> {
 /// process: whoever gets the lock knows that no write of a predecessor can still land. Devices have their claim for that.
 /// It does not clash with the byte locks that QEMU's tools take.
 fn lock(fd: &OwnedFd) -> bool {
-    for tries in 0.. {
-        match rustix::fs::flock(fd, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => return true,
-            Err(Errno::INTR) => {}
-            Err(Errno::WOULDBLOCK) if tries < BUSY_TRIES => std::thread::sleep(BUSY_PAUSE),
-            Err(Errno::WOULDBLOCK) => return false,
-            // A file system without locks cannot be asked.
-            Err(_) => return true,
+    tried(|| {
+        let lock = || rustix::fs::flock(fd, FlockOperation::NonBlockingLockExclusive);
+        // A file system without locks cannot be asked.
+        rustix::io::retry_on_intr(lock) != Err(Errno::WOULDBLOCK)
+    })
+}
+
+/// Tries again and again for a while what somebody who is on his way out may hinder.
+pub(super) fn tried(attempt: impl Fn() -> bool) -> bool {
+    for _ in 0..BUSY_TRIES {
+        if attempt() {
+            return true;
         }
+        std::thread::sleep(BUSY_PAUSE);
     }
-    false
+    attempt()
 }
 
 /// Size in bytes, of a file or a device.

@@ -143,9 +143,9 @@ fn make_file(image: &Image, plan: &Plan, below: Option<&Below>) -> Result<u64, F
     let is_device = std::fs::metadata(&image.path)
         .is_ok_and(|found| std::os::unix::fs::FileTypeExt::is_block_device(&found.file_type()));
     if is_device {
-        out::note(&format!("{}: a device: what it holds is given up, from the first write on", image.path));
         let opened = Shell { lock: Lock::None }.open_file(&image.path, true);
         let (mut file, _) = opened.map_err(|error| Error::new(error.to_string(), ""))?;
+        out::note(&format!("{}: a device: what it holds is given up, from the first write on", image.path));
         return plan.make(image, &mut file);
     }
     let (target, mut file) = Target::begin(&image.path)?;

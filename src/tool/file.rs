@@ -271,7 +271,10 @@ impl Shell {
     pub(super) fn open_file(self, path: &str, writable: bool) -> Result<(ImageFile, Identity), OpenError> {
         // A FIFO must not make us wait for its other end.
         let mut options = OpenOptions::new();
-        options.read(true).write(writable).custom_flags(libc::O_NONBLOCK);
+        let device = std::fs::metadata(path).is_ok_and(|found| found.file_type().is_block_device());
+        // A device that is to be written is claimed, so that one which is mounted is refused.
+        let claim = if device && writable { libc::O_EXCL } else { 0 };
+        options.read(true).write(writable).custom_flags(libc::O_NONBLOCK | claim);
         let file = options.open(path).map_err(|error| refuse(path, open_hint(&error)))?;
         let found = file.metadata().map_err(|error| refuse(path, error.to_string()))?;
         let is_device = found.file_type().is_block_device();
@@ -312,6 +315,9 @@ fn open_hint(error: &IoError) -> String {
     match error.kind() {
         std::io::ErrorKind::NotFound => String::from("does not exist; check the path"),
         std::io::ErrorKind::PermissionDenied => String::from("may not be opened; check its permissions"),
+        std::io::ErrorKind::ResourceBusy => String::from(
+            "is in use on this host (mounted, or part of a volume group or RAID); release it first",
+        ),
         _ => format!("cannot be opened: {error}"),
     }
 }

@@ -181,7 +181,12 @@ fn tell_qcow2(
     let bitmaps: Vec<String> = bitmaps(file, header)?
         .iter()
         .map(|bitmap| {
-            let _ = writeln!(own.text, "bitmap: {} ({} bytes a bit)", bitmap.name, bitmap.granularity_bytes);
+            let state = if bitmap.in_use { ", not saved: not to be trusted" } else { "" };
+            let _ = writeln!(
+                own.text,
+                "bitmap: {} ({} bytes a bit{state})",
+                bitmap.name, bitmap.granularity_bytes
+            );
             let flags = [("in-use", bitmap.in_use), ("auto", bitmap.auto)];
             let flags = flags.iter().filter(|(_, set)| *set).map(|(name, _)| super::json::quoted(name));
             let object =

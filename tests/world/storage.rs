@@ -146,6 +146,11 @@ impl Media {
         self.images.len() - 1
     }
 
+    /// Somebody may write an image from now on.
+    pub fn make_writable(&mut self, path: &str) {
+        self.images.iter_mut().filter(|image| image.path == path).for_each(|image| image.read_only = false);
+    }
+
     /// How an image is to be opened.
     pub fn image(&self, image: usize) -> Image {
         let format = self.formats.get(&image).copied().unwrap_or(Format::Raw);

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use super::*;
-use crate::nbd::wire::{Chunk, SimpleReply, chunk};
+use crate::nbd::wire::{Chunk, SimpleReply, chunk, command, flag};
 
 const BLOCK: usize = 16;
 const BLOCKS: usize = 48;
