@@ -149,7 +149,7 @@ impl Lone {
             self.shared.xen.borrow_mut().guest_notify(7, self.port);
             self.pump.take_events();
             self.settle();
-            let answer = self.front.take().expect("an answer");
+            let answer = self.front.take().unwrap();
             assert_eq!((answer.id, answer.status), (page, 0));
         }
     }

@@ -27,6 +27,7 @@ mod walk;
 mod write;
 
 use alloc::vec::Vec;
+use core::cell::Cell;
 
 use crate::error::{Corruption, Failure};
 use crate::format::{Context, Format, Payout, Prepared, Step, Wait, Zeroed};
@@ -38,6 +39,7 @@ pub use open::{Options, Repair};
 pub use shape::Shape;
 pub use unpack::unpack;
 
+use entries::L1;
 use marks::Marks;
 use space::Space;
 use tables::Tables;
@@ -83,6 +85,8 @@ pub struct Qcow2 {
     corruption: Option<Corruption>,
     space: Space,
     tables: Tables,
+    /// The L1 entry that was looked at last: one covers 512 MiB at 64 KiB clusters, so it is the next one's too as a rule.
+    recent: Cell<Option<L1>>,
     marks: Marks,
     /// Planted bugs, for tests that must find them.
     pub planted: Planted,

@@ -34,6 +34,11 @@ impl Qcow2 {
     /// The L1 entry for a byte of the disk.
     pub(super) fn l1(&self, cx: &mut Context<'_>, guest: u64) -> Step<L1> {
         let number = guest >> self.shape.l2_covers_bits();
+        if let Some(recent) = self.recent.get()
+            && recent.index == number
+        {
+            return Ok(recent);
+        }
         let at_bytes = self.l1.offset_bytes + number * 8;
         if number >= self.l1.entries {
             return Err(Corruption { what: "beyond the L1 table", at_bytes }.into());
@@ -52,7 +57,9 @@ impl Qcow2 {
         if table != 0 {
             self.check_host(table, self.shape.cluster_bytes(), at_bytes)?;
         }
-        Ok(L1 { index: number, table, copied: entry & COPIED != 0 })
+        let found = L1 { index: number, table, copied: entry & COPIED != 0 };
+        self.recent.set(Some(found));
+        Ok(found)
     }
 
     /// Checks that space which an entry names lies within the file, and not over what is always there.

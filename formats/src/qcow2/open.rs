@@ -1,5 +1,7 @@
 //! Opening: the header, and what must be known before the first request.
 
+use core::cell::Cell;
+
 use crate::SECTOR_BYTES;
 use crate::bytes::{be64, index};
 use crate::error::{Corruption, Unsupported};
@@ -90,6 +92,7 @@ impl Qcow2 {
             corruption: None,
             space: Space::new(&header.shape, facts, end, options.reserve_bytes),
             tables: Tables::default(),
+            recent: Cell::default(),
             marks: Marks::new(&header),
             planted: Planted::default(),
         };

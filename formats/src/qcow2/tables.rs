@@ -76,6 +76,7 @@ impl Qcow2 {
     fn set_l1(&self, cx: &mut Context<'_>, number: u64, table: u64, after: Tick) -> Step<()> {
         let (page, within) = cx.page(self.l1.offset_bytes + number * 8)?;
         cx.put(page, within, &(table | COPIED).to_be_bytes(), after);
+        self.recent.set(None);
         Ok(())
     }
 
