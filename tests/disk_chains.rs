@@ -19,42 +19,13 @@ use std::time::{Duration, Instant};
 use formats::{Extent, Op};
 use storage_support::{Dice, Directory, in_memory, on_disk, options};
 use vbdd::buffers::Span;
-use vbdd::hypervisor::{CopySegment, DomainId, GrantRef, Hypervisor, HypervisorError, Port, RingMapping};
-use vbdd::journal::{JournalStore, Memory};
+use vbdd::hypervisor::NoGuests;
+use vbdd::journal::NoJournals;
 use vbdd::params::{Format, Image};
 use vbdd::pump::{DiskId, DiskPlan, Outside, Pump, PumpEvent};
 use vbdd::storage::engine::EngineChoice;
 use vbdd::storage::linux::{LinuxStorage, Options};
 use vbdd::storage::{Access, FileId, Storage, StorageError};
-
-/// A host without guests.
-struct NoGuests;
-
-impl Hypervisor for NoGuests {
-    fn map(&mut self, _: DomainId, _: &[GrantRef]) -> Result<RingMapping, HypervisorError> {
-        panic!("nobody has a ring")
-    }
-    fn unmap(&mut self, _: RingMapping) {}
-    fn copy(&mut self, _: &mut [CopySegment]) -> Result<(), HypervisorError> {
-        panic!("nobody has pages")
-    }
-    fn bind(&mut self, _: DomainId, _: u32) -> Result<Port, HypervisorError> {
-        panic!("nobody has a port")
-    }
-    fn unbind(&mut self, _: Port) {}
-    fn pending(&mut self, _: &mut Vec<Port>) {}
-    fn unmask(&mut self, _: &[Port]) {}
-    fn notify(&mut self, _: Port) {}
-}
-
-struct NoJournals;
-
-impl JournalStore for NoJournals {
-    fn open(&mut self, _: &str, _: usize) -> Option<Memory> {
-        None
-    }
-    fn close(&mut self, _: &str, _: Memory, _: bool) {}
-}
 
 const SECTOR: usize = 512;
 const PATIENCE: Duration = Duration::from_secs(120);
