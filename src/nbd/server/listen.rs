@@ -3,10 +3,11 @@
 use std::io::ErrorKind;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::Mode;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use crate::error::Error;
 
@@ -107,19 +108,22 @@ impl Drop for Listener {
     }
 }
 
+/// Clients that may wait to be taken, as the standard library has it.
+const BACKLOG: i32 = 128;
+
 fn bind(path: &Path) -> std::io::Result<UnixListener> {
     let taken = path.try_exists()?
         && UnixStream::connect(path).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused);
     if taken {
         std::fs::remove_file(path)?;
     }
-    // The name appears with its permissions: there is no moment at which others may connect.
-    let before = rustix::process::umask(Mode::from_raw_mode(0o177));
-    let listener = UnixListener::bind(path);
-    rustix::process::umask(before);
-    let listener = listener?;
-    listener.set_nonblocking(true)?;
-    Ok(listener)
+    // Nobody can connect before it listens, and then it has its permissions. (The umask is the whole process's.)
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    rustix::net::listen(&socket, BACKLOG)?;
+    Ok(UnixListener::from(socket))
 }
 
 fn refused(place: &impl std::fmt::Display, error: &std::io::Error) -> Error {
