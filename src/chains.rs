@@ -188,14 +188,14 @@ type Read<M> = (Link<M>, Option<Parent>);
 
 /// Writes what a process that was killed had changed in memory only: the image is then as its guest knows it.
 fn put_back<M: Medium>(image: &Image, medium: &mut M, left: &[(u64, Vec<u8>)]) -> Result<(), Unsupported> {
-    let is_open = match image.format {
-        Format::Qcow2 if !left.is_empty() => Repair::of(&Header::read(medium)?) != Repair::NotNeeded,
-        Format::Qcow2 | Format::Raw => false,
-        Format::Vhd => true,
-    };
     if left.is_empty() {
         return Ok(());
     }
+    let is_open = match image.format {
+        Format::Qcow2 => Repair::of(&Header::read(medium)?) != Repair::NotNeeded,
+        Format::Raw => false,
+        Format::Vhd => true,
+    };
     let (path, count) = (&image.path, left.len());
     if !is_open {
         log::warn!(

@@ -13,6 +13,7 @@ mod fair;
 mod mapped;
 mod memory;
 mod outside;
+mod slab;
 mod stages;
 mod turn;
 mod works;

@@ -8,6 +8,7 @@ use std::collections::VecDeque;
 use formats::{Extent, Op, StatusRun};
 
 use super::memory::PIECE_BYTES;
+use super::slab::Slab;
 use super::{DiskId, Pump, Token};
 use crate::buffers::Span;
 use crate::hypervisor::Hypervisor;
@@ -37,18 +38,17 @@ struct Asked {
 /// Those in flight, and the answers that were not taken.
 #[derive(Debug, Default)]
 pub(super) struct Outsiders {
-    asked: Vec<Option<Asked>>,
-    free: Vec<u32>,
+    asked: Slab<Asked>,
     answers: VecDeque<(u64, Result<(), StorageError>)>,
 }
 
 impl Outsiders {
     fn at(&mut self, place: u32) -> Option<&mut Asked> {
-        self.asked.get_mut(place as usize)?.as_mut()
+        self.asked.get_mut(place)
     }
 
     pub(super) fn memory(&self, place: u32, at: u32, length: u32) -> Option<Span> {
-        let span = self.asked.get(place as usize)?.as_ref()?.request.span;
+        let span = self.asked.get(place)?.request.span;
         let left = span.length_bytes().checked_sub(at)?;
         span.part(at, length.min(left))
     }
@@ -58,15 +58,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
     /// Takes a request. It is started in the next turn; its answer comes from [`Pump::next_answer`], until which its memory
     /// must stay. The caller bounds how many there are, and never writes to a disk that is read-only.
     pub fn ask(&mut self, disk: DiskId, request: Outside) {
-        let asked = Asked { request, transfers: 0, error: None };
-        let outside = &mut self.outside;
-        let place = outside.free.pop().unwrap_or_else(|| {
-            outside.asked.push(None);
-            u32::try_from(outside.asked.len() - 1).unwrap_or(u32::MAX)
-        });
-        if let Some(slot) = outside.asked.get_mut(place as usize) {
-            *slot = Some(asked);
-        }
+        let place = self.outside.asked.add(Asked { request, transfers: 0, error: None });
         self.scratch.asked = true;
         let token = Token::Outside(place);
         let Some(open) = self.disks.get_mut(disk.0 as usize).and_then(Option::as_mut) else {
@@ -162,8 +154,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
     }
 
     pub(super) fn outside_done(&mut self, place: u32, result: Result<(), StorageError>) {
-        let Some(asked) = self.outside.asked.get_mut(place as usize).and_then(Option::take) else { return };
-        self.outside.free.push(place);
+        let Some(asked) = self.outside.asked.take(place) else { return };
         self.outside.answers.push_back((asked.request.token, result));
     }
 

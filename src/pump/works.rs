@@ -9,6 +9,7 @@ use formats::{Failure, Payload, Work, WorkId, WorkKind};
 
 use super::chains::failure_of;
 use super::memory::PIECE_BYTES;
+use super::slab::Slab;
 use super::{Pump, Token};
 use crate::buffers::{Pool, Span};
 use crate::hypervisor::Hypervisor;
@@ -41,8 +42,7 @@ struct Piece {
 pub(super) struct Works {
     /// Made with the first piece that needs it.
     pool: Option<Pool>,
-    pieces: Vec<Option<Piece>>,
-    free: Vec<u32>,
+    pieces: Slab<Piece>,
     /// Pieces that wait for memory, in line.
     unfed: VecDeque<u32>,
     /// Pieces that are done when others had their turn.
@@ -51,11 +51,11 @@ pub(super) struct Works {
 
 impl Works {
     fn at(&mut self, number: u32) -> Option<&mut Piece> {
-        self.pieces.get_mut(number as usize)?.as_mut()
+        self.pieces.get_mut(number)
     }
 
     fn add(&mut self, disk: u32, work: Work, flow: u32) -> u32 {
-        let piece = Piece {
+        self.pieces.add(Piece {
             disk,
             work,
             flow,
@@ -64,21 +64,7 @@ impl Works {
             memory: Span::EMPTY,
             moved: 0,
             bytes: Vec::new(),
-        };
-        let number = self.free.pop().unwrap_or_else(|| {
-            self.pieces.push(None);
-            u32::try_from(self.pieces.len() - 1).unwrap_or(u32::MAX)
-        });
-        if let Some(slot) = self.pieces.get_mut(number as usize) {
-            *slot = Some(piece);
-        }
-        number
-    }
-
-    fn take(&mut self, number: u32) -> Option<Piece> {
-        let piece = self.pieces.get_mut(number as usize)?.take()?;
-        self.free.push(number);
-        Some(piece)
+        })
     }
 
     pub(super) fn waits_for_others(&self) -> bool {
@@ -291,7 +277,7 @@ impl<H: Hypervisor, S: Storage> Pump<H, S> {
 
     /// Nothing more is to come of a piece of work.
     fn end_work(&mut self, number: u32) {
-        let Some(piece) = self.chains.works.take(number) else { return };
+        let Some(piece) = self.chains.works.pieces.take(number) else { return };
         let Piece { disk, work, memory, bytes, error, .. } = piece;
         let result = match (work.kind, error) {
             // To keep what nobody needs is no failure.
